@@ -1,0 +1,24 @@
+# `make check` is what CI runs, `make test` the fast suite, `make slow` the rest of it.
+PYTHON ?= python
+
+.PHONY: check lint types test slow format
+
+check: lint types test
+
+lint:
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+
+# pyright reads the installed packages of the same interpreter.
+types:
+	$(PYTHON) -m pyright --pythonpath "$$($(PYTHON) -c 'import sys; print(sys.executable)')"
+
+test:
+	$(PYTHON) -m pytest
+
+slow:
+	$(PYTHON) -m pytest -m slow
+
+format:
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
