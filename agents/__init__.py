@@ -1,0 +1,6 @@
+"""Agents: what to do about what will happen. Tensors in, tensors out."""
+
+from agents.dreamer import Dreamer
+from agents.heads import ContinuousActor, Critic, DiscreteActor, make_actor
+
+__all__ = ["ContinuousActor", "Critic", "Dreamer", "DiscreteActor", "make_actor"]

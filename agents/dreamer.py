@@ -1,0 +1,161 @@
+"""DreamerV3: an agent that learns its behaviour inside its world model's imagination.
+
+Follows arXiv 2301.04104. `losses` gives every loss of world model, actor and critic as a dict of
+unreduced tensors; `total` weighs them. The slow critic is not stored here: it is a copy level of
+timescales/, handed in as plain weights. `act` filters one row and draws an action.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from agents.heads import Actor, Critic
+from agents.returns import ReturnScale, lambda_return
+from worldmodel import Batch, Carry, Posterior, WorldModel, features
+from worldmodel.rssm import MemoryUse
+
+
+class Outcome(NamedTuple):
+    """What one pass over a batch gives."""
+
+    losses: dict[str, Tensor]  # unreduced; world model (B, T), behaviour (B, K) or (B, T - 1)
+    carry: Carry  # after the last row
+    metrics: dict[str, Tensor]  # scalars, on the device
+
+
+class Dreamer(nn.Module):
+    """A world model with an actor and a critic that learn in imagination.
+
+    horizon: steps imagined from each start; starts: how many of the last steps of each sequence
+    imagination starts from (0: all); imagine_memory: how imagination meets fast weights.
+    """
+
+    def __init__(
+        self,
+        world: WorldModel,
+        actor: Actor,
+        critic: Critic,
+        scales: Mapping[str, float],
+        horizon: int = 15,
+        starts: int = 0,
+        lam: float = 0.95,
+        entropy: float = 3e-4,
+        slow_regularizer: float = 1.0,
+        imagine_memory: MemoryUse = "read",
+    ):
+        super().__init__()
+        self.world, self.actor, self.critic = world, actor, critic
+        self.scales = dict(scales)
+        self.horizon, self.starts, self.lam = horizon, starts, lam
+        self.entropy, self.slow_regularizer = entropy, slow_regularizer
+        self.imagine_memory: MemoryUse = imagine_memory
+        self.return_scale = ReturnScale()
+
+    def initial(self, batch: int) -> Carry:
+        """The carry of `batch` rows before their first step."""
+        return self.world.initial(batch)
+
+    @torch.no_grad()
+    def act(
+        self, carry: Carry, row: Batch, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Carry]:
+        """Encoded action (B, A) for rows (B, ...), and the carry after them."""
+        sequence = Batch(
+            {k: v[:, None] for k, v in row.obs.items()}, *(x[:, None] for x in row[1:])
+        )
+        posterior, carry = self.world.observe(sequence, carry, generator)
+        params = self.actor(features(posterior.deter, posterior.stoch)[:, 0])
+        return self.actor.sample(params, generator), carry
+
+    def losses(
+        self,
+        batch: Batch,
+        carry: Carry,
+        slow_critic: Mapping[str, Tensor],
+        generator: torch.Generator | None = None,
+    ) -> Outcome:
+        """Every loss of one batch of sequences (B, T, ...) that starts from `carry`."""
+        posterior, carry = self.world.observe(batch, carry, generator)
+        losses = self.world.losses(batch, posterior)
+        behaviour, returns, metrics = self._behaviour(posterior, slow_critic, generator)
+        losses |= behaviour
+        losses["repvalue"] = self._replay_value(batch, posterior, returns, slow_critic)
+        return Outcome(losses, carry, metrics)
+
+    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of mean losses; the names must be those of the scales."""
+        if losses.keys() != self.scales.keys():
+            extra = sorted(losses.keys() ^ self.scales.keys())
+            raise ValueError(f"losses and scales differ in {extra}")
+        return torch.stack([losses[k].mean() * s for k, s in self.scales.items()]).sum()
+
+    def _behaviour(
+        self,
+        posterior: Posterior,
+        slow_critic: Mapping[str, Tensor],
+        generator: torch.Generator | None,
+    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+        """Actor and critic losses from imagination; the returns (B, K) of its starts."""
+        starts = self.world.starts(posterior, self.starts)
+        dream = self.world.dynamics.imagine(
+            starts,
+            lambda feature: self.actor.sample(self.actor(feature), generator),
+            self.horizon,
+            self.imagine_memory,
+            generator,
+        )
+        feature = features(dream.deter, dream.stoch)
+        with torch.no_grad():
+            reward = self.world.reward.mean(self.world.reward(feature))
+            live = self.world.continues(feature).sigmoid()
+            slow = functional_call(self.critic, dict(slow_critic), (feature,))
+            slow_value = self.critic.mean(slow)
+        logits = self.critic(feature)
+        value = self.critic.mean(logits.detach())
+        returns = lambda_return(reward, live, torch.ones_like(live), value, self.lam)
+        scale = self.return_scale(returns)
+        advantage = (returns - value[:, :-1]) / scale
+        weight = live.cumprod(1)[:, :-1]
+        params = self.actor(feature[:, :-1])
+        entropy = self.actor.entropy(params)
+        log_prob = self.actor.log_prob(params, dream.action[:, :-1])
+        policy = -weight * (log_prob * advantage + self.entropy * entropy)
+        regular = self.critic.loss(logits[:, :-1], slow_value[:, :-1])
+        error = self.critic.loss(logits[:, :-1], returns)
+        critic = weight * (error + self.slow_regularizer * regular)
+        shape = (len(posterior.deter), -1)
+        losses = {"policy": policy.mean(1).view(shape), "value": critic.mean(1).view(shape)}
+        metrics = {
+            "entropy": entropy.detach().mean(),
+            "return_scale": scale,
+            "imagined_return": returns.mean(),
+            "advantage": advantage.abs().mean(),
+            "imagined_reward": reward.mean(),
+        }
+        return losses, returns[:, 0].view(shape), metrics
+
+    def _replay_value(
+        self,
+        batch: Batch,
+        posterior: Posterior,
+        returns: Tensor,
+        slow_critic: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Critic loss (B, K - 1) on replayed rewards, bootstrapped with imagined returns (B, K)."""
+        k = returns.shape[1]
+        feature = features(posterior.deter, posterior.stoch)[:, -k:]
+        first, terminal = batch.first[:, -k:], batch.terminal[:, -k:]
+        # the row before a `first` row is the last of its episode; the chunk's end bootstraps
+        last = torch.cat([first[:, 1:], torch.zeros_like(first[:, :1])], 1)
+        live = (~terminal).float() * self.world.discount
+        target = lambda_return(batch.reward[:, -k:], live, (~last).float(), returns, self.lam)
+        logits = self.critic(feature)
+        with torch.no_grad():
+            slow = functional_call(self.critic, dict(slow_critic), (feature,))
+            slow_value = self.critic.mean(slow)
+        error = self.critic.loss(logits[:, :-1], target)
+        regular = self.critic.loss(logits[:, :-1], slow_value[:, :-1])
+        return (~last[:, :-1]).float() * (error + self.slow_regularizer * regular)

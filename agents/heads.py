@@ -1,0 +1,99 @@
+"""Actors and critics: features to actions and to values.
+
+The actor's actions are encoded vectors (worldmodel/types.py). Discrete actions, one or several,
+are categoricals with 1 % uniform mixing; continuous ones a normal with bounded mean and deviation
+(DreamerV3, arXiv 2301.04104). Both learn by the score function, so samples carry no gradients.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from worldmodel.heads import TwoHot, race, sample, unimix
+from worldmodel.nets import MLP
+from worldmodel.types import ActionSpec
+
+Critic = TwoHot
+
+
+class DiscreteActor(nn.Module):
+    """Features (..., F) to one-hot blocks (..., A), one for each component of the action."""
+
+    def __init__(self, n_in: int, spec: ActionSpec, units: int, layers: int, mix: float = 0.01):
+        super().__init__()
+        self.sizes, self.mix = spec.sizes, mix
+        self.net = MLP(n_in, spec.dim, units, layers, scale=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Probabilities (..., A): each block sums to one."""
+        blocks = self.net(x).split(self.sizes, -1)
+        return torch.cat([unimix(block, self.mix) for block in blocks], -1)
+
+    def sample(self, probs: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A draw (..., A)."""
+        noise = race(probs.shape, generator).split(self.sizes, -1)
+        blocks = zip(probs.split(self.sizes, -1), noise, strict=True)
+        return torch.cat([sample(p, n) for p, n in blocks], -1)
+
+    def log_prob(self, probs: Tensor, action: Tensor) -> Tensor:
+        """log pi(action) (...), summed over components."""
+        return (probs.log() * action).sum(-1)
+
+    def entropy(self, probs: Tensor) -> Tensor:
+        """Entropy (...) in nats, summed over components."""
+        return -(probs * probs.log()).sum(-1)
+
+
+class ContinuousActor(nn.Module):
+    """Features (..., F) to a normal over (..., A): mean in (-1, 1), deviation in (low, high)."""
+
+    def __init__(
+        self,
+        n_in: int,
+        spec: ActionSpec,
+        units: int,
+        layers: int,
+        deviation: tuple[float, float] = (0.1, 1.0),
+    ):
+        super().__init__()
+        self.low, self.high = deviation
+        self.net = MLP(n_in, 2 * spec.dim, units, layers, scale=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mean and deviation, (..., 2 * A)."""
+        mean, deviation = self.net(x).float().chunk(2, -1)
+        spread = (self.high - self.low) * (deviation + 2.0).sigmoid() + self.low
+        return torch.cat([mean.tanh(), spread], -1)
+
+    def sample(self, params: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A draw (..., A); it may leave [-1, 1], where the environment's border clips it."""
+        mean, deviation = params.detach().chunk(2, -1)
+        return mean + deviation * normal(mean.shape, generator)
+
+    def log_prob(self, params: Tensor, action: Tensor) -> Tensor:
+        """log pi(action) (...), summed over dimensions."""
+        mean, deviation = params.chunk(2, -1)
+        error = ((action - mean) / deviation).square()
+        return -(0.5 * error + deviation.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self, params: Tensor) -> Tensor:
+        """Differential entropy (...), summed over dimensions."""
+        _, deviation = params.chunk(2, -1)
+        return (deviation.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+def normal(shape: torch.Size, generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise on the generator's device."""
+    device = generator.device if generator is not None else None
+    return torch.randn(shape, generator=generator, device=device)
+
+
+Actor = DiscreteActor | ContinuousActor
+
+
+def make_actor(n_in: int, spec: ActionSpec, units: int, layers: int, mix: float = 0.01) -> Actor:
+    """The actor that fits an action space."""
+    if spec.kind == "discrete":
+        return DiscreteActor(n_in, spec, units, layers, mix)
+    return ContinuousActor(n_in, spec, units, layers)

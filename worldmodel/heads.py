@@ -1,0 +1,97 @@
+"""Distributions that heads predict: two-hot scalars, Bernoulli flags, unimix categoricals.
+
+Follows DreamerV3 (arXiv 2301.04104). A head is a network that gives raw parameters; these are
+pure functions and small modules on those parameters. Losses are negative log-likelihoods,
+unreduced over the leading axes.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from worldmodel.nets import MLP, symexp
+
+
+class TwoHot(nn.Module):
+    """A scalar as a softmax over exponentially spaced bins from -e^20 to e^20.
+
+    The target is split between the two bins around it (arXiv 2301.04104, equation 10). Output
+    weights start at zero, so every prediction starts at 0.
+    """
+
+    bins: Tensor
+
+    def __init__(self, n_in: int, units: int, layers: int, bins: int = 255):
+        super().__init__()
+        if bins % 2 == 0:
+            raise ValueError(f"bins={bins} must be odd, so that one bin stands at zero")
+        self.net = MLP(n_in, bins, units, layers, scale=0.0)
+        half = symexp(torch.linspace(-20, 0, bins // 2 + 1))
+        self.register_buffer("bins", torch.cat([half, -half[:-1].flip(0)]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., F) -> logits (..., bins)."""
+        return self.net(x).float()
+
+    def mean(self, logits: Tensor) -> Tensor:
+        """Expected value (...). Bins of opposite sign are paired before the sum: exact at zero."""
+        weighted = logits.softmax(-1) * self.bins
+        middle = weighted.shape[-1] // 2
+        paired = weighted[..., :middle].flip(-1) + weighted[..., middle + 1 :]
+        return paired.sum(-1)
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy (...) of the two-hot encoding of `target` (...)."""
+        target = target.float().clamp(self.bins[0], self.bins[-1])
+        above = torch.searchsorted(self.bins, target.contiguous(), right=True)
+        above = above.clamp(1, len(self.bins) - 1)
+        low, high = self.bins[above - 1], self.bins[above]
+        share = (target - low) / (high - low)
+        logp = logits.log_softmax(-1)
+        down = logp.gather(-1, above[..., None] - 1)[..., 0]
+        up = logp.gather(-1, above[..., None])[..., 0]
+        return -(down * (1 - share) + up * share)
+
+
+class Binary(nn.Module):
+    """A probability: logit (...) of a flag or of a soft target."""
+
+    def __init__(self, n_in: int, units: int, layers: int):
+        super().__init__()
+        self.net = MLP(n_in, 1, units, layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., F) -> logit (...)."""
+        return self.net(x).float().squeeze(-1)
+
+    def loss(self, logit: Tensor, target: Tensor) -> Tensor:
+        """Binary cross-entropy (...) to a target in [0, 1]."""
+        return F.binary_cross_entropy_with_logits(logit, target, reduction="none")
+
+
+def unimix(logits: Tensor, mix: float) -> Tensor:
+    """Probabilities (..., C): a softmax mixed with a `mix` share of the uniform distribution."""
+    probs = logits.float().softmax(-1)
+    return probs * (1 - mix) + mix / probs.shape[-1] if mix else probs
+
+
+def race(shape: torch.Size | tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Noise for `sample`: inverse exponential variables, on the generator's device.
+
+    argmax(probs / Exp(1)) is a draw from probs; the noise holds no state of the distribution, so
+    a time loop draws it all at once. A draw for T steps equals T draws for one step.
+    """
+    device = generator.device if generator is not None else None
+    uniform = torch.rand(shape, generator=generator, device=device)
+    return -1.0 / uniform.clamp(1e-12, 1 - 1e-7).log()
+
+
+def sample(probs: Tensor, noise: Tensor) -> Tensor:
+    """One-hot draw (..., C) from probs (..., C), without gradients."""
+    index = (probs.detach() * noise).argmax(-1, keepdim=True)
+    return torch.zeros_like(probs).scatter_(-1, index, 1.0)
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of categoricals with probabilities (..., S, C), summed over S -> (...)."""
+    return (p * (p.log() - q.log())).sum((-2, -1))

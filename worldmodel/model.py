@@ -1,0 +1,88 @@
+"""The world model: what will happen, learned from what did.
+
+Assembled from parts: an encoder, dynamics, a decoder, and heads for reward and continuation.
+It filters sequences (`observe`), predicts (`imagine`, `predict`), and gives its losses as a dict
+of unreduced (B, T) tensors. Losses follow DreamerV3 (arXiv 2301.04104): reconstruction in symlog
+space, two-hot rewards, and the KL in its two directions with free nats.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from nested import fast as fast_state
+from worldmodel.encoder import Decoder, Encoder
+from worldmodel.heads import Binary, TwoHot, kl
+from worldmodel.rssm import RSSM, Posterior
+from worldmodel.types import Batch, Carry, Latent
+
+FAST_FORGETS = ("episode", "session", "never")
+
+
+class WorldModel(nn.Module):
+    """encoder, dynamics, decoder, reward and continuation head.
+
+    forget: when fast weights go back to their initial state. In plain training an environment
+    slot is a user and its session is the episode, so `session` and `episode` both reset at
+    `first`; `never` keeps them. discount: 1 - 1 / horizon, folded into the continuation target,
+    so that imagination needs no separate discount.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        dynamics: RSSM,
+        decoder: Decoder,
+        reward: TwoHot,
+        continues: Binary,
+        forget: str = "session",
+        discount: float = 1 - 1 / 333,
+        free_nats: float = 1.0,
+    ):
+        super().__init__()
+        if forget not in FAST_FORGETS:
+            raise ValueError(f"forget={forget!r} must be one of {FAST_FORGETS}")
+        self.encoder, self.dynamics, self.decoder = encoder, dynamics, decoder
+        self.reward, self.continues = reward, continues
+        self.forget, self.discount, self.free_nats = forget, discount, free_nats
+
+    def initial(self, batch: int) -> Carry:
+        """The carry of `batch` rows before their first step."""
+        return self.dynamics.initial(batch)
+
+    def observe(
+        self, batch: Batch, carry: Carry, generator: torch.Generator | None = None
+    ) -> tuple[Posterior, Carry]:
+        """Filter (B, T, ...) rows from `carry`; any split of T gives the same result."""
+        forget = torch.zeros_like(batch.first) if self.forget == "never" else batch.first
+        tokens = self.encoder(batch.obs)
+        return self.dynamics.observe(carry, tokens, batch.action, batch.first, forget, generator)
+
+    def losses(self, batch: Batch, posterior: Posterior) -> dict[str, Tensor]:
+        """Every loss of the world model, unreduced: {name: (B, T)}."""
+        lead = batch.first.shape
+        deter, stoch = posterior.deter, posterior.stoch
+        feature = features(deter, stoch)
+        prior = self.dynamics.prior(deter)
+        post = posterior.probs
+        decoded = self.decoder(deter.flatten(0, 1), stoch.flatten(0, 1))
+        targets = {key: value.flatten(0, 1) for key, value in batch.obs.items()}
+        losses = {k: v.view(lead) for k, v in self.decoder.losses(decoded, targets).items()}
+        losses["dyn"] = kl(post.detach(), prior).clamp(min=self.free_nats)
+        losses["rep"] = kl(post, prior.detach()).clamp(min=self.free_nats)
+        losses["reward"] = self.reward.loss(self.reward(feature), batch.reward)
+        target = (~batch.terminal).float() * self.discount
+        losses["continue"] = self.continues.loss(self.continues(feature), target)
+        return losses
+
+    def starts(self, posterior: Posterior, last: int = 0) -> Carry:
+        """Carries (B * K, ...) of the last K steps (0: all), where imagination may start."""
+        tree = (posterior.deter, posterior.stoch, posterior.fast)
+        deter, stoch, fast = fast_state.tree_map(
+            lambda x: x.detach()[:, -last:].flatten(0, 1), tree
+        )
+        return Carry(Latent(deter, stoch), fast)
+
+
+def features(deter: Tensor, stoch: Tensor) -> Tensor:
+    """What heads read: (..., D) and (..., S, C) -> (..., D + S * C)."""
+    return torch.cat([deter, stoch.flatten(-2)], -1)

@@ -1,0 +1,229 @@
+"""The recurrent state-space model of DreamerV3: block GRU, categorical latents, optional memory.
+
+Follows arXiv 2301.04104. One step mixes (deter, stoch, action) into the new deterministic state;
+the prior predicts the stochastic state from it, the posterior sees the observation as well. With
+a memory from nested/, each step also writes what it has just seen into fast weights and reads
+from them, so that part of the dynamics learns while it runs.
+
+`observe` is one law for a step and a sequence: all that is not recurrent (actions, tokens, noise)
+is computed before the loop, and the loop keeps only what depends on the previous state.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nested import fast as fast_state
+from worldmodel.heads import race, sample, unimix
+from worldmodel.nets import MLP, BlockLinear, Dense, RMSNorm, block_matmul
+from worldmodel.types import Carry, Latent
+
+Recall = Callable[[Tensor, Any], tuple[Tensor, Any]]
+MemoryUse = Literal["write", "read", "off"]
+
+
+class Posterior(NamedTuple):
+    """States inferred from observations."""
+
+    deter: Tensor  # (B, T, D)
+    stoch: Tensor  # (B, T, S, C) one-hot, with straight-through gradients
+    probs: Tensor  # (B, T, S, C)
+    fast: Any  # fast weights after each step, (B, T, ...), without gradients
+
+
+class Dream(NamedTuple):
+    """A rollout of the prior; `action[:, h]` was chosen in state h, the last one is not taken."""
+
+    deter: Tensor  # (N, H + 1, D)
+    stoch: Tensor  # (N, H + 1, S, C)
+    action: Tensor  # (N, H + 1, A)
+
+
+class Hoisted(NamedTuple):
+    """Weights of the mixing layer, split by input once for a whole loop."""
+
+    deter: Tensor  # (G, D / G, D / G)
+    state: Tensor  # (2 * hidden, D)
+    action: Tensor  # (hidden, D)
+    memory: Tensor  # (hidden, D), or (0, D) without a memory
+
+
+class RSSM(nn.Module):
+    """Dynamics over Carry(latent, fast).
+
+    tokens: width of the encoded observation; action: width of the encoded action; memory: a
+    module from nested/ with 3 * hidden inputs and `hidden` outputs, or None.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        action: int,
+        deter: int = 512,
+        hidden: int = 64,
+        stoch: int = 32,
+        classes: int = 4,
+        blocks: int = 8,
+        mix: float = 0.01,
+        memory: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.deter, self.hidden, self.stoch, self.classes = deter, hidden, stoch, classes
+        self.blocks, self.mix, self.memory = blocks, mix, memory
+        inputs = 3 if memory is None else 4
+        self.from_deter = Dense(deter, hidden)
+        self.from_stoch = Dense(stoch * classes, hidden)
+        self.from_action = Dense(action, hidden)
+        self.mixed = BlockLinear(deter + blocks * inputs * hidden, deter, blocks)
+        self.mixed_norm = RMSNorm(deter)
+        self.gates = BlockLinear(deter, 3 * deter, blocks)
+        self.prior_net = MLP(deter, stoch * classes, hidden, 2)
+        self.posterior_net = MLP(deter + tokens, stoch * classes, hidden, 1)
+
+    @property
+    def feature(self) -> int:
+        """F, the width of what heads read."""
+        return self.deter + self.stoch * self.classes
+
+    def initial(self, batch: int) -> Carry:
+        """Zero latent and the memory's (learned) initial state, for `batch` rows."""
+        like = self.mixed.bias
+        deter = like.new_zeros(batch, self.deter)
+        stoch = like.new_zeros(batch, self.stoch, self.classes)
+        fast = () if self.memory is None else self.memory.initial(batch)
+        return Carry(Latent(deter, stoch), fast)
+
+    def observe(
+        self,
+        carry: Carry,
+        tokens: Tensor,
+        action: Tensor,
+        first: Tensor,
+        forget: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Posterior, Carry]:
+        """Filter a sequence: tokens (B, T, E), action (B, T, A), first and forget (B, T) bool.
+
+        Where `first` is set the latent and the action are zeroed before the step; where `forget`
+        is set the fast weights go back to their initial state.
+        """
+        batch, length = first.shape
+        hoisted = self._hoist()
+        keep = (~first).to(tokens.dtype)[..., None]
+        embed, bias = self._embed(action * keep, hoisted)
+        layer = self.posterior_net.layers[0]
+        weight = layer.linear.weight
+        seen = F.linear(tokens, weight[self.deter :].t(), layer.linear.bias)
+        noise = race((length, batch, self.stoch, self.classes), generator)
+        deter, stoch, fast = carry.latent.deter, carry.latent.stoch, carry.fast
+        deters, stochs, probs, fasts = [], [], [], []
+        for t in range(length):
+            deter, stoch = deter * keep[:, t], stoch.flatten(1) * keep[:, t]
+            write = self._writer(forget[:, t])
+            deter, fast = self._core(deter, stoch, embed[:, t], bias[:, t], fast, write, hoisted)
+            h = F.silu(layer.norm(seen[:, t] + deter @ weight[: self.deter]))
+            p = self._probs(self.posterior_net.out(h))
+            stoch = sample(p, noise[t]) + p - p.detach()
+            deters.append(deter)
+            stochs.append(stoch)
+            probs.append(p)
+            fasts.append(fast_state.detach(fast))
+        states = (torch.stack(x, 1) for x in (deters, stochs, probs))
+        out = Posterior(*states, fast_state.tree_map(lambda *x: torch.stack(x, 1), *fasts))
+        return out, Carry(Latent(deter, stoch), fast)
+
+    def prior(self, deter: Tensor) -> Tensor:
+        """Probabilities (..., S, C) of the stochastic state given deter (..., D)."""
+        return self._probs(self.prior_net(deter))
+
+    @torch.no_grad()
+    def imagine(
+        self,
+        carry: Carry,
+        policy: Callable[[Tensor], Tensor],
+        horizon: int,
+        use: MemoryUse = "read",
+        generator: torch.Generator | None = None,
+    ) -> Dream:
+        """Roll the prior out from N carries; policy maps features (N, F) to actions (N, A).
+
+        Without gradients: actors learn by the score function, world models by prediction.
+        """
+        hoisted, recall = self._hoist(), self._recall(use)
+        deter, stoch, fast = carry.latent.deter, carry.latent.stoch, carry.fast
+        noise = race((horizon, len(deter), self.stoch, self.classes), generator)
+        deters, stochs, actions = [deter], [stoch], []
+        for h in range(horizon):
+            action = policy(torch.cat([deter, stoch.flatten(1)], -1))
+            embed, bias = self._embed(action, hoisted)
+            deter, fast = self._core(deter, stoch.flatten(1), embed, bias, fast, recall, hoisted)
+            stoch = sample(self.prior(deter), noise[h])
+            deters.append(deter)
+            stochs.append(stoch)
+            actions.append(action)
+        actions.append(policy(torch.cat([deter, stoch.flatten(1)], -1)))
+        return Dream(torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(actions, 1))
+
+    def _hoist(self) -> Hoisted:
+        weight, n = self.mixed.weight, self.deter // self.blocks
+        shared = weight[:, n:].transpose(0, 1).reshape(-1, self.deter)
+        sizes = [2 * self.hidden, self.hidden, len(shared) - 3 * self.hidden]
+        return Hoisted(weight[:, :n], *shared.split(sizes))
+
+    def _embed(self, action: Tensor, hoisted: Hoisted) -> tuple[Tensor, Tensor]:
+        """Embedded action (..., hidden) and its share of the mixing layer (..., D)."""
+        embed = self.from_action(action / action.abs().clamp(min=1.0))
+        return embed, F.linear(embed, hoisted.action.t(), self.mixed.bias)
+
+    def _core(
+        self,
+        deter: Tensor,
+        stoch: Tensor,
+        embed: Tensor,
+        bias: Tensor,
+        fast: Any,
+        recall: Recall,
+        hoisted: Hoisted,
+    ) -> tuple[Tensor, Any]:
+        """The block GRU: (B, D), (B, S * C), embedded action -> (B, D) and fast weights."""
+        x = torch.cat([self.from_deter(deter), self.from_stoch(stoch)], -1)
+        mixed = torch.addmm(bias, x, hoisted.state) + block_matmul(deter, hoisted.deter)
+        if self.memory is not None:
+            y, fast = recall(torch.cat([x, embed], -1), fast)
+            mixed = torch.addmm(mixed, y, hoisted.memory)
+        gates = self.gates(F.silu(self.mixed_norm(mixed)))
+        reset, candidate, update = gates.view(len(deter), self.blocks, 3, -1).unbind(2)
+        candidate = torch.tanh(reset.sigmoid() * candidate)
+        update = (update - 1).sigmoid()
+        return torch.lerp(deter.view_as(update), candidate, update).flatten(1), fast
+
+    def _probs(self, logits: Tensor) -> Tensor:
+        return unimix(logits.unflatten(-1, (self.stoch, self.classes)), self.mix)
+
+    def _writer(self, reset: Tensor) -> Recall:
+        """Writes into fast weights, then reads."""
+
+        def write(x: Tensor, fast: Any) -> tuple[Tensor, Any]:
+            assert self.memory is not None
+            return self.memory(x, fast, reset)
+
+        return write
+
+    def _recall(self, use: MemoryUse) -> Recall:
+        """How imagination meets fast weights: writes and reads, reads only, or ignores them."""
+
+        def read(x: Tensor, fast: Any) -> tuple[Tensor, Any]:
+            assert self.memory is not None
+            return self.memory.read(x, fast), fast
+
+        def write(x: Tensor, fast: Any) -> tuple[Tensor, Any]:
+            assert self.memory is not None
+            return self.memory(x, fast)
+
+        def off(x: Tensor, fast: Any) -> tuple[Tensor, Any]:
+            return x.new_zeros(len(x), self.hidden), fast
+
+        return {"write": write, "read": read, "off": off}[use]
