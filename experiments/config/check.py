@@ -1,0 +1,130 @@
+"""What ties fields of a configuration together: checks that no single field can make.
+
+Each check takes the resolved configuration and raises ConfigError; none needs torch or an
+environment.
+"""
+
+import difflib
+
+from .errors import ConfigError, nearest
+from .levels import LevelConfig, Levels, PullConfig
+from .models import SCALES, Config
+
+RESERVED = ("slow_critic", "params", "init", "zero")  # names that the assembly uses itself
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for the first combination of fields that cannot run."""
+    _frames(config)
+    _replay(config)
+    _model(config)
+    _scales(config)
+    assert isinstance(config.timescales, Levels)
+    levels = config.timescales.levels
+    for name, level in levels.items():
+        _level(name, level, levels)
+
+
+def _frames(config: Config) -> None:
+    phases = max(1, len(config.env.contexts))
+    unit = config.env.num * phases
+    if config.frames % unit:
+        near = max(unit, round(config.frames / unit) * unit)
+        parts = f"env.num={config.env.num}" + (f" times {phases} contexts" if phases > 1 else "")
+        raise ConfigError(
+            "frames", config.frames, f"is no multiple of {parts} = {unit}", f"use {near}"
+        )
+    if config.train.prefill >= config.frames:
+        raise ConfigError(
+            "train.prefill", config.train.prefill, f"leaves nothing of frames={config.frames}",
+            f"use at most {config.frames - config.env.num}",
+        )  # fmt: skip
+
+
+def _replay(config: Config) -> None:
+    replay, num = config.replay, config.env.num
+    needed = replay.batch * replay.length
+    if needed > replay.capacity:
+        raise ConfigError(
+            "replay.capacity", replay.capacity,
+            f"a batch of {replay.batch} x {replay.length} frames does not fit",
+            f"use at least {needed}",
+        )  # fmt: skip
+    if config.train.prefill < num * replay.length:
+        raise ConfigError(
+            "train.prefill", config.train.prefill,
+            f"gives each of {num} slots {config.train.prefill // num} frames, "
+            f"a sequence has {replay.length}",
+            f"use at least {num * replay.length}, or a smaller replay.length",
+        )  # fmt: skip
+    if num * replay.length > replay.capacity:
+        raise ConfigError(
+            "replay.capacity", replay.capacity,
+            f"holds no sequence of {replay.length} for each of {num} slots",
+            f"use at least {num * replay.length}",
+        )  # fmt: skip
+
+
+def _model(config: Config) -> None:
+    model = config.model
+    if model.deter % model.blocks:
+        raise ConfigError(
+            "model.blocks", model.blocks, f"does not divide model.deter={model.deter}",
+            "use a divisor, or another deter",
+        )  # fmt: skip
+    if model.memory.kind != "none" and model.memory.dim % model.memory.heads:
+        raise ConfigError(
+            "model.memory.heads", model.memory.heads,
+            f"does not divide model.memory.dim={model.memory.dim}", "use a divisor",
+        )  # fmt: skip
+
+
+def _scales(config: Config) -> None:
+    # Other keys may be names of observations; a near miss of a known loss is a slip.
+    for key, value in config.agent.scales.items():
+        near = difflib.get_close_matches(key, SCALES, n=1, cutoff=0.75)
+        if key not in SCALES and near:
+            raise ConfigError(
+                f"agent.scales.{key}",
+                value,
+                "no such loss",
+                f"did you mean agent.scales.{near[0]}?",
+            )
+
+
+def _level(name: str, level: LevelConfig, levels: dict[str, LevelConfig]) -> None:
+    field = f"timescales.levels.{name}"
+    if name in RESERVED or not name.isidentifier():
+        raise ConfigError(
+            field, name, "is no name for a level", f"use letters, digits and _; not {RESERVED}"
+        )
+    if (level.match is None) == (level.copy_of is None):
+        given = "both are given" if level.match is not None else "neither is given"
+        raise ConfigError(
+            field, None, f"a level either owns (match) or shadows (copy) parameters; {given}",
+            f"write {field}.match=REST to own what no other level claims",
+        )  # fmt: skip
+    if level.copy_of is not None and level.flow.kind == "descend":
+        raise ConfigError(
+            f"{field}.flow.kind", "descend", "a copy has no gradients to descend",
+            "use kind: pull, with a source",
+        )  # fmt: skip
+    _sources(field, name, level, levels)
+
+
+def _sources(field: str, name: str, level: LevelConfig, levels: dict[str, LevelConfig]) -> None:
+    """Every name that a level reads from exists, and is not the level itself."""
+    others = [other for other in levels if other != name]
+    copies = [other for other in others if levels[other].copy_of is not None]
+    wanted = [(f"relax.{i}.to", x.to, [*others, "init", "zero"]) for i, x in enumerate(level.relax)]
+    wanted += [(f"reset.{i}.to", x.to, copies) for i, x in enumerate(level.reset)]
+    if isinstance(level.flow, PullConfig):
+        wanted.append(("flow.source", level.flow.source, ["params", *others]))
+    for where, given, known in wanted:
+        if given not in known:
+            near = nearest(given, known)
+            listed = f"one of {', '.join(known)}" if known else "add a level with copy: first"
+            raise ConfigError(
+                f"{field}.{where}", given, "no such level",
+                f"did you mean {near}?" if near else listed,
+            )  # fmt: skip

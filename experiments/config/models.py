@@ -1,0 +1,225 @@
+"""The configuration tree. Every field has a default and a description; both reach the JSON schema
+and the error messages.
+
+Only shapes and ranges of single fields live here; what ties fields together is in `check.py`.
+Importing this costs pydantic and nothing else: no torch, no gymnasium.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from .levels import Frozen, LevelConfig, Levels, Plain, Rate, TimescalesConfig, default_kind
+
+# DreamerV3's table of sizes; `tiny` is ours, for two CPU cores. Each gives defaults of ModelConfig.
+_WIDE = {"stoch": 32, "blocks": 8, "layers": 3}
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": dict(
+        deter=128, hidden=64, classes=8, stoch=8, depth=4, units=64, blocks=4, layers=1
+    ),
+    "1m": dict(deter=512, hidden=64, classes=4, depth=4, units=64, **_WIDE),
+    "12m": dict(deter=2048, hidden=256, classes=16, depth=16, units=256, **_WIDE),
+    "25m": dict(deter=3072, hidden=384, classes=24, depth=24, units=384, **_WIDE),
+    "50m": dict(deter=4096, hidden=512, classes=32, depth=32, units=512, **_WIDE),
+    "100m": dict(deter=6144, hidden=768, classes=48, depth=48, units=768, **_WIDE),
+    "200m": dict(deter=8192, hidden=1024, classes=64, depth=64, units=1024, **_WIDE),
+    "400m": dict(deter=12288, hidden=1536, classes=96, depth=96, units=1536, **_WIDE),
+}  # fmt: skip
+SIZED = frozenset(SIZES["tiny"])
+
+# Weight of each loss; an observation's key takes `reconstruction` unless it is named here itself.
+SCALES = {
+    "reconstruction": 1.0, "reward": 1.0, "continue": 1.0, "dyn": 1.0, "rep": 0.1,
+    "policy": 1.0, "value": 1.0, "repvalue": 0.3,
+}  # fmt: skip
+
+Count = Annotated[int, Field(ge=1)]
+Scale = Annotated[float, Field(ge=0)]
+
+
+class EnvConfig(Frozen):
+    id: str = Field("CartPoleShift-v0", description="a gymnasium id, or crafter")
+    num: Count = Field(8, description="parallel environment slots")
+    workers: Literal["auto", "inprocess", "process"] = Field(
+        "auto", description="step in this process, or in one process for each slot"
+    )
+    image_size: int = Field(64, ge=16, multiple_of=16, description="side of images in pixels")
+    pixels: bool = Field(False, description="observe rendered images instead of the native ones")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="given to gymnasium.make")
+    contexts: tuple[str, ...] = Field(
+        (), description="hidden contexts in order, in phases of equal length; [] is stationary"
+    )
+    action_repeat: Count = Field(1, description="steps for which each action is repeated")
+    time_limit: int = Field(0, ge=0, description="steps of an episode; 0 is the environment's own")
+
+
+class NoMemory(Frozen):
+    kind: Literal["none"] = "none"
+
+
+class _Memory(Frozen):
+    dim: Count = Field(64, description="width of keys and values")
+    heads: Count = Field(1, description="independent memories that share the width")
+    forget: Literal["episode", "session", "never"] = Field(
+        "session", description="when a slot's memory returns to its initial state"
+    )
+    imagine: Literal["write", "read", "off"] = Field(
+        "read", description="what imagination does with the memory"
+    )
+
+
+class DeltaMemory(_Memory):
+    """Delta rule: overwrite what a key recalls (DeltaNet)."""
+
+    kind: Literal["delta"] = "delta"
+
+
+class GatedDeltaMemory(_Memory):
+    """Delta rule with a learned forgetting gate (Gated DeltaNet)."""
+
+    kind: Literal["gated_delta"] = "gated_delta"
+
+
+MemoryConfig = Annotated[NoMemory | DeltaMemory | GatedDeltaMemory, Field(discriminator="kind")]
+
+
+class ModelConfig(Frozen):
+    """World model; `size` gives the defaults of the eight widths below it."""
+
+    size: Literal["tiny", "1m", "12m", "25m", "50m", "100m", "200m", "400m"] = Field(
+        "tiny", description="row of the table of sizes"
+    )
+    deter: Count = Field(128, description="width of the deterministic state")
+    hidden: Count = Field(64, description="width of the dynamics' layers")
+    classes: int = Field(8, ge=2, description="classes of each latent variable")
+    stoch: Count = Field(8, description="number of latent variables")
+    depth: Count = Field(4, description="channels of the first convolution")
+    units: Count = Field(64, description="width of the multilayer perceptrons")
+    blocks: Count = Field(4, description="blocks of the block-diagonal GRU")
+    layers: Count = Field(1, description="layers of the vector encoder, decoder and heads")
+    encoder: Literal["faithful", "strided"] = Field(
+        "faithful", description="5x5 convolutions with pooling, or faster strided 4x4 ones"
+    )
+    memory: MemoryConfig = Field(NoMemory(), description="fast weights in the dynamics")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sized(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        size = data.get("size", "tiny")
+        return {**SIZES.get(size, {}), **data} if isinstance(size, str) else data
+
+
+def _scales(value: Any) -> Any:
+    return {**SCALES, **value} if isinstance(value, dict) else value
+
+
+class AgentConfig(Frozen):
+    horizon: Count = Field(15, description="imagined steps")
+    starts: int = Field(0, ge=0, description="replayed rows imagined from in a batch; 0 is all")
+    discount: float = Field(333, gt=1, description="horizon h of the discount 1 - 1/h")
+    lam: Rate = Field(0.95, description="lambda of the returns")
+    entropy: float = Field(3e-4, ge=0, description="weight of the policy's entropy")
+    unimix: Rate = Field(0.01, description="uniform share of categorical distributions")
+    free_nats: float = Field(1.0, ge=0, description="information that costs nothing")
+    slow_rate: Rate = Field(0.02, description="rate of the slow critic's pull")
+    slow_regularizer: float = Field(1.0, ge=0, description="weight of staying near the slow critic")
+    layers: Count = Field(3, description="layers of actor and critic")
+    bins: int = Field(255, ge=3, description="bins of the two-hot reward and value")
+    scales: Annotated[dict[str, Scale], BeforeValidator(_scales)] = Field(
+        SCALES, description="weight of each loss"
+    )
+
+
+class _Replay(Frozen):
+    capacity: Count = Field(100_000, description="frames kept")
+    batch: Count = Field(16, description="sequences in a batch")
+    length: int = Field(64, ge=2, description="frames in a sequence")
+
+
+class Fifo(_Replay):
+    """The newest frames."""
+
+    kind: Literal["fifo"] = "fifo"
+
+
+class Reservoir(_Replay):
+    """A uniform sample of everything seen."""
+
+    kind: Literal["reservoir"] = "reservoir"
+
+
+ReplayConfig = Annotated[Fifo | Reservoir, Field(discriminator="kind"), default_kind("fifo")]
+
+
+class TrainConfig(Frozen):
+    ratio: float = Field(32, gt=0, description="replayed frames for each environment frame")
+    prefill: int = Field(1000, ge=0, description="frames of random actions before learning")
+
+
+class EvaluateConfig(Frozen):
+    every: int = Field(1000, ge=0, description="frames between evaluations; 0 is only at the end")
+    episodes: Count = Field(32, description="episodes of an evaluation, in each context")
+
+
+class LogConfig(Frozen):
+    every: Count = Field(250, description="frames between lines of metrics")
+
+
+class CheckpointConfig(Frozen):
+    every: int = Field(5000, ge=0, description="frames between checkpoints; 0 is only at the end")
+    keep: Count = Field(2, description="checkpoints kept")
+
+
+class TrackingConfig(Frozen):
+    mlflow: bool = Field(True, description="send metrics to MLflow")
+    uri: str = Field("sqlite:///mlflow.db", description="MLflow's tracking store")
+    experiment: str | None = Field(None, description="MLflow experiment; null is `name`")
+    root: str = Field("runs", description="folder of the runs' folders")
+
+
+class Config(Frozen):
+    """Everything that a run depends on."""
+
+    name: str = Field(
+        "run",
+        pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$",
+        description="start of the run's id and MLflow experiment: a-z, 0-9, - and _",
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of every random generator")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: float32 on a CPU, bfloat16 on CUDA"
+    )
+    threads: int = Field(0, ge=0, description="torch threads; 0 chooses")
+    frames: Count = Field(24_000, description="environment steps of the whole run")
+    env: EnvConfig = EnvConfig()
+    model: ModelConfig = ModelConfig()
+    agent: AgentConfig = AgentConfig()
+    replay: ReplayConfig = Fifo()
+    train: TrainConfig = TrainConfig()
+    timescales: TimescalesConfig = Plain(levels={})
+    evaluate: EvaluateConfig = EvaluateConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def tree(self) -> dict[str, Any]:
+        """Nested dictionaries of plain values, under the names used in YAML."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def dump(self) -> str:
+        """YAML text that loads to this very configuration."""
+        from .text import to_yaml
+
+        return to_yaml(self.tree())
+
+    def flatten(self) -> dict[str, str | int | float | bool | None]:
+        """Dotted path -> scalar; a list becomes its YAML text in one line."""
+        from .text import flat
+
+        return flat(self.tree())
+
+
+__all__ = ["SCALES", "SIZED", "SIZES", "Config", "LevelConfig", "Levels"]
