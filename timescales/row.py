@@ -1,0 +1,217 @@
+"""One level at work: its tensors, its optimizer, its window of gathered gradients, its counts.
+
+A window lives in `.grad`, where autograd adds in place; using it up sets `.grad` to None, so slow
+levels cost no accumulator and no copy. The mean over the window is folded into a fused optimizer
+step through `grad_scale`, which equals dividing first, bit for bit.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from timescales.level import Descend, Level, Pull, Rule
+
+Targets = list[Tensor] | None
+"""What a level moves toward, tensor by tensor; None is zero."""
+
+
+class Row:
+    """A level with its tensors, keyed by the names of the live parameters.
+
+    `weights` are the live parameters of a match level and the copies of a copy level.
+    """
+
+    def __init__(self, level: Level, live: Mapping[str, Tensor]) -> None:
+        self.level = level
+        self.names = list(live)
+        owned = [t if level.copy is None else t.detach().clone() for t in live.values()]
+        self.weights = owned
+        self.keeps_init = any(part.to == "init" for part in (*level.relax, *level.reset))
+        self.init = [t.detach().clone() for t in owned] if self.keeps_init else []
+        rule = _rule(level)
+        self.optimizer = rule(owned) if rule is not None else None
+        self.updates = 0
+        self.skipped = 0
+        self.gathered = 0  # backwards since the last update
+        self.armed = False  # whether the next update is measured
+        self.measured: dict[str, Tensor] = {}
+        self._scales: dict[int, Tensor] = {}
+
+    def drop_gradients(self) -> None:
+        """Let autograd start the next window."""
+        for weight in self.weights:
+            weight.grad = None
+
+    def has_window(self) -> bool:
+        """Whether a backward has reached any of the weights since the last update."""
+        return self.gathered > 0 and any(w.grad is not None for w in self.weights)
+
+    def step(self, divisor: int) -> None:
+        """The optimizer's step on `.grad / divisor`."""
+        optimizer = self.optimizer
+        if optimizer is None:
+            raise RuntimeError(f"level {self.level.name!r} has no rule to step")
+        if optimizer.defaults.get("fused"):
+            # The hook that torch.amp.GradScaler uses: the kernel divides as it reads.
+            optimizer.grad_scale = self._scale(divisor)  # pyright: ignore[reportAttributeAccessIssue]
+        elif divisor > 1:
+            torch._foreach_div_([w.grad for w in self.weights if w.grad is not None], divisor)
+        optimizer.step()
+
+    def step_pseudo_gradient(self, origin: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:
+        """An outer step on `origin - source`; returns that gradient's norm."""
+        gradients = torch._foreach_sub(list(origin), list(source))
+        for weight, gradient in zip(self.weights, gradients, strict=True):
+            weight.grad = gradient
+        self.step(1)
+        self.drop_gradients()
+        return norm(gradients)
+
+    def clear_rule(self) -> None:
+        """Forget the optimizer's state, as if it had made no step."""
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
+
+    def _scale(self, divisor: int) -> Tensor | None:
+        if divisor == 1:
+            return None
+        if divisor not in self._scales:
+            device = self.weights[0].device
+            self._scales = {divisor: torch.full((), float(divisor), device=device)}
+        return self._scales[divisor]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts, window, copies and optimizer state; tensors are references, not copies."""
+        named = list(zip(self.names, self.weights, strict=True))
+        return {
+            "updates": self.updates,
+            "skipped": self.skipped,
+            "gathered": self.gathered,
+            "armed": self.armed,
+            "measured": dict(self.measured),
+            "window": {name: w.grad for name, w in named if w.grad is not None},
+            "copy": dict(named) if self.level.copy is not None else {},
+            "init": dict(zip(self.names, self.init, strict=True)) if self.keeps_init else {},
+            "rule": self._rule_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over `state`; its tensors are copied."""
+        self.updates = int(state["updates"])
+        self.skipped = int(state["skipped"])
+        self.gathered = int(state["gathered"])
+        self.armed = bool(state["armed"])
+        self.measured = {key: t.clone() for key, t in state.get("measured", {}).items()}
+        window: Mapping[str, Tensor] = state.get("window", {})
+        for name, weight in zip(self.names, self.weights, strict=True):
+            weight.grad = _like(weight, window[name]) if name in window else None
+        if self.level.copy is not None:
+            self._load_into(self.weights, state.get("copy", {}), "copy")
+        if self.keeps_init:
+            self._load_into(self.init, state.get("init", {}), "init")
+        if self.optimizer is not None:
+            _load_rule_state(self.optimizer, self._names_by_id(), state.get("rule", {}))
+
+    def _rule_state(self) -> dict[str, Any]:
+        if self.optimizer is None:
+            return {}
+        return _rule_state(self.optimizer, self._names_by_id())
+
+    def _names_by_id(self) -> dict[int, str]:
+        return {id(w): name for w, name in zip(self.weights, self.names, strict=True)}
+
+    def _load_into(self, into: list[Tensor], saved: Mapping[str, Tensor], what: str) -> None:
+        if missing := [name for name in self.names if name not in saved]:
+            raise ValueError(f"level {self.level.name!r}: the saved {what} lacks {missing[:12]}")
+        for name, tensor in zip(self.names, into, strict=True):
+            tensor.copy_(saved[name])
+
+
+def _rule(level: Level) -> Rule | None:
+    match level.flow:
+        case Descend(rule=rule):
+            return rule
+        case Pull(outer=outer):
+            return outer
+        case None:
+            return None
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of all entries of all tensors, on their device."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
+
+
+def approach(weights: list[Tensor], terms: Sequence[tuple[Targets, float | list[Tensor]]]) -> None:
+    """Move `weights` by the sum of `rate * (target - weight)`, all at their old values."""
+    if len(terms) == 1:
+        _approach_one(weights, *terms[0])
+        return
+    moves = [_toward(weights, targets, rate) for targets, rate in terms]
+    for move in moves:
+        torch._foreach_add_(weights, move)
+
+
+def _approach_one(weights: list[Tensor], targets: Targets, rate: float | list[Tensor]) -> None:
+    if targets is None or isinstance(rate, list):
+        torch._foreach_add_(weights, _toward(weights, targets, rate))
+    else:
+        torch._foreach_lerp_(weights, targets, rate)
+
+
+def _toward(weights: list[Tensor], targets: Targets, rate: float | list[Tensor]) -> list[Tensor]:
+    if targets is None:
+        way = torch._foreach_neg(weights)
+    else:
+        way = torch._foreach_sub(targets, weights)
+    return list(torch._foreach_mul(list(way), rate))
+
+
+def average(stacked: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean over the users axis (the first) of (N, ...), by weight (N,) if given."""
+    if weights is None:
+        return stacked.mean(0)
+    share = (weights / weights.sum()).to(stacked)
+    return torch.tensordot(share, stacked, dims=1)
+
+
+def _like(weight: Tensor, saved: Tensor) -> Tensor:
+    """A copy of `saved` laid out in memory as `weight`, which fused kernels rely on."""
+    return torch.empty_like(weight, dtype=saved.dtype, requires_grad=False).copy_(saved)
+
+
+def _rule_state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
+    """State by parameter name and hyperparameters by group; names are by the tensor's id."""
+    state: dict[str, Any] = {names[id(w)]: dict(entry) for w, entry in optimizer.state.items()}
+    groups: dict[str, Any] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        scalars = int | float | str | bool | Tensor | None
+        groups[str(number)] = {
+            key: value for key, value in group.items() if isinstance(value, scalars)
+        }
+    return {"state": state, "groups": groups}
+
+
+def _load_rule_state(
+    optimizer: Optimizer, names: Mapping[int, str], saved: Mapping[str, Any]
+) -> None:
+    packed = optimizer.state_dict()
+    entries: Mapping[str, Mapping[str, Any]] = saved.get("state", {})
+    state: dict[int, Any] = {}
+    for number, group in enumerate(packed["param_groups"]):
+        group.update(saved.get("groups", {}).get(str(number), {}))
+        for weight, index in zip(
+            optimizer.param_groups[number]["params"], group["params"], strict=True
+        ):
+            if (name := names[id(weight)]) in entries:
+                state[index] = {k: _own(weight, v) for k, v in entries[name].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": packed["param_groups"]})
+
+
+def _own(weight: Tensor, value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return _like(weight, value) if value.shape == weight.shape else value.clone()
