@@ -7,7 +7,7 @@ environment.
 import difflib
 
 from .errors import ConfigError, nearest
-from .levels import LevelConfig, Levels, PullConfig
+from .levels import DescendConfig, LevelConfig, Levels, PullConfig
 from .models import SCALES, Config
 
 RESERVED = ("slow_critic", "params", "init", "zero")  # names that the assembly uses itself
@@ -101,10 +101,10 @@ def _level(name: str, level: LevelConfig, levels: dict[str, LevelConfig]) -> Non
     if (level.match is None) == (level.copy_of is None):
         given = "both are given" if level.match is not None else "neither is given"
         raise ConfigError(
-            field, None, f"a level either owns (match) or shadows (copy) parameters; {given}",
+            field, ..., f"a level either owns (match) or shadows (copy) parameters; {given}",
             f"write {field}.match=REST to own what no other level claims",
         )  # fmt: skip
-    if level.copy_of is not None and level.flow.kind == "descend":
+    if level.copy_of is not None and isinstance(level.flow, DescendConfig):
         raise ConfigError(
             f"{field}.flow.kind", "descend", "a copy has no gradients to descend",
             "use kind: pull, with a source",
@@ -114,16 +114,22 @@ def _level(name: str, level: LevelConfig, levels: dict[str, LevelConfig]) -> Non
 
 def _sources(field: str, name: str, level: LevelConfig, levels: dict[str, LevelConfig]) -> None:
     """Every name that a level reads from exists, and is not the level itself."""
-    others = [other for other in levels if other != name]
-    copies = [other for other in others if levels[other].copy_of is not None]
-    wanted = [(f"relax.{i}.to", x.to, [*others, "init", "zero"]) for i, x in enumerate(level.relax)]
-    wanted += [(f"reset.{i}.to", x.to, copies) for i, x in enumerate(level.reset)]
+    live = [] if level.copy_of is None else ["params"]
+    known = [*live, *(other for other in levels if other != name)]
+    wanted = [(f"relax.{i}.to", x.to, ["init", "zero"]) for i, x in enumerate(level.relax)]
+    wanted += [(f"reset.{i}.to", x.to, ["init"]) for i, x in enumerate(level.reset)]
     if isinstance(level.flow, PullConfig):
-        wanted.append(("flow.source", level.flow.source, ["params", *others]))
-    for where, given, known in wanted:
-        if given not in known:
-            near = nearest(given, known)
-            listed = f"one of {', '.join(known)}" if known else "add a level with copy: first"
+        wanted.append(("flow.source", level.flow.source, []))
+        if level.flow.outer is not None and level.flow.rate != 1:
+            raise ConfigError(
+                f"{field}.flow.rate", level.flow.rate, "has no effect beside flow.outer",
+                f"leave it at 1 and set {field}.flow.outer.lr",
+            )  # fmt: skip
+    for where, given, words in wanted:
+        choices = [*known, *words]
+        if given not in choices:
+            near = nearest(given, choices)
+            listed = f"one of {', '.join(choices)}" if choices else "add another level first"
             raise ConfigError(
                 f"{field}.{where}", given, "no such level",
                 f"did you mean {near}?" if near else listed,

@@ -5,6 +5,7 @@ exits with 2.
 """
 
 import difflib
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,13 +14,14 @@ class ConfigError(ValueError):
     """A configuration that cannot run.
 
     `field` is the dotted path (or what was asked for, such as "RUN"), `value` what was given
-    there, `problem` one line, `suggestion` one line that says what to write instead.
+    there (`...` for nothing), `problem` one line, `suggestion` one line: what to write instead.
     """
 
     def __init__(self, field: str, value: Any, problem: str, suggestion: str = "") -> None:
         self.field, self.value = field, value
         self.problem, self.suggestion = problem, suggestion
-        lines = [f"{field} = {shown(value)}", problem, suggestion]
+        given = field if value is ... else f"{field} = {shown(value)}"
+        lines = [given, problem, suggestion]
         super().__init__("\n".join(line for line in lines if line))
 
     def __reduce__(self) -> tuple:
@@ -30,7 +32,7 @@ def shown(value: Any, width: int = 80) -> str:
     """A value as YAML would write it in one line, cut at `width` characters."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = str(value)
+    text = json.dumps(value, default=str) if isinstance(value, dict | list) else str(value)
     return text if len(text) <= width else text[: width - 3] + "..."
 
 

@@ -9,15 +9,14 @@ from typing import Any
 
 from . import levels as kinds
 from .errors import ConfigError
-from .levels import REST, LevelConfig, Levels, TimescalesConfig
+from .levels import REST, Levels, TimescalesConfig
+from .tree import Tree, merge, unknown_level
 
 # Parts of the agent from fastest to slowest: what acts, what it is told, what it sees.
 _PARTS = (r"actor|critic", r"world\.(reward|continues)", r"world\.decoder", r"world\.dynamics",
           r"world\.encoder")  # fmt: skip
 # How k levels share those five parts.
 _FOLDS = {2: (2, 3), 3: (2, 2, 1), 4: (2, 1, 1, 1), 5: (1, 1, 1, 1, 1)}
-
-Tree = dict[str, Any]
 
 
 def names(k: int) -> list[str]:
@@ -149,8 +148,8 @@ def _levels(kind: Levels) -> Tree:
             "timescales.rule", kind.rule.kind, "every level names its own rule; none takes this",
             f"set timescales.levels.{next(iter(found))}.flow.rule instead",
         )  # fmt: skip
-    for level in bare:
-        level["flow"]["rule"] = (kind.rule or kinds.AdamW()).model_dump(mode="json")
+    for flow in bare:
+        flow["rule"] = (kind.rule or kinds.AdamW()).model_dump(mode="json")
     return found
 
 
@@ -169,10 +168,10 @@ _EXPAND: dict[str, Callable[[Any], Tree]] = {
 
 
 def expand(timescales: TimescalesConfig) -> Tree:
-    """`{kind: levels, levels: {...}}` with every field written out, as plain values."""
+    """`{kind: levels, levels: {...}}` as plain values, with the kind's own `levels` changes in."""
     found = _EXPAND[timescales.kind](timescales)
-    full = {
-        name: LevelConfig.model_validate(level).model_dump(mode="json", by_alias=True)
-        for name, level in found.items()
-    }
-    return {"kind": "levels", "rule": None, "levels": full}
+    for name, change in {} if isinstance(timescales, Levels) else timescales.levels.items():
+        if name not in found:
+            raise unknown_level(("timescales", "levels", name), change, found)
+        found[name] = merge(found[name], change)
+    return {"kind": "levels", "rule": None, "levels": found}

@@ -27,9 +27,9 @@ def explain(error: ValidationError, overrides: Sequence[tuple[Path, Any]]) -> Co
             return _wrong_kind(path, first["input"], context, node)
         case "missing":
             field = ".".join(path)
-            return ConfigError(field, None, "is missing", _meaning(node) or f"give {field}")
+            return ConfigError(field, ..., "is missing", _meaning(node) or f"give {field}")
     field, value = _as_given(path, first["input"], overrides)
-    problem = first["msg"][0].lower() + first["msg"][1:]
+    problem = _plain_words(first["msg"])
     return ConfigError(field, value, problem, _way_out(first["type"], value, context, node))
 
 
@@ -69,7 +69,7 @@ def _chosen(node: dict, part: str, definitions: dict) -> dict | None:
     mapping = node.get("discriminator", {}).get("mapping")
     if mapping and part in mapping:
         return definitions[mapping[part].rsplit("/", 1)[1]]
-    for option in node.get("anyOf", ()):
+    for option in (*node.get("anyOf", ()), *node.get("oneOf", ())):
         name = option.get("$ref", "").rsplit("/", 1)[-1]
         if part in (name, {"string": "str"}.get(option.get("type", ""), "")):
             return definitions.get(name, option)
@@ -115,7 +115,9 @@ def _wrong_kind(path: Path, value: Any, context: dict, node: dict) -> ConfigErro
     near = nearest(str(tag), kinds) if tag else None
     listed = f"one of {', '.join(kinds)}"
     problem = "no such kind" if tag else "a kind is missing"
-    return ConfigError(field, tag, problem, f"did you mean {near}? ({listed})" if near else listed)
+    return ConfigError(
+        field, tag or ..., problem, f"did you mean {near}? ({listed})" if near else listed
+    )
 
 
 def _meaning(node: dict) -> str:
@@ -126,10 +128,30 @@ def _meaning(node: dict) -> str:
     return text
 
 
+def _plain_words(message: str) -> str:
+    for theirs, ours in (
+        (
+            "Input should be a valid dictionary or object to extract fields from",
+            "must be a mapping",
+        ),
+        ("Input should be a valid dictionary", "must be a mapping"),
+        (" or instance of", " of fields:"),
+        ("Input should be", "must be"),
+        ("String should", "must"),
+        ("greater than or equal to", "at least"),
+        ("less than or equal to", "at most"),
+        (", unable to parse string as an integer", ""),
+        (", unable to parse string as a number", ""),
+    ):
+        message = message.replace(theirs, ours)
+    return message
+
+
 def _way_out(kind: str, value: Any, context: dict, node: dict) -> str:
     if kind == "literal_error":
-        known = [str(choice) for choice in node.get("enum", [node.get("const")])]
-        near = nearest(str(value), known)
+        near = nearest(str(value), [str(choice) for choice in node.get("enum", ())], cutoff=0.7)
         if near:
             return f"did you mean {near}?"
+    if kind == "greater_than_equal":
+        return f"use {context['ge']} or more; {_meaning(node)}"
     return _meaning(node)

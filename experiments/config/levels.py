@@ -6,7 +6,7 @@ write levels; `experiments.config.expand` turns it into them.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 REST = "REST"  # as a `match`: every parameter that no other level claims
 
@@ -35,40 +35,48 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 class AdamW(Frozen):
     kind: Literal["adamw"] = "adamw"
-    lr: float = Field(3e-4, gt=0, description="learning rate")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decays of the two moments")
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled decay, times lr")
+    lr: float = Field(default=3e-4, gt=0, description="learning rate")
+    betas: tuple[Decay, Decay] = Field(
+        default=(0.9, 0.999), description="decays of the two moments"
+    )
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled decay, times lr")
 
 
 class LaProp(Frozen):
     kind: Literal["laprop"] = "laprop"
-    lr: float = Field(4e-5, gt=0, description="learning rate")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decays of the two moments")
-    eps: float = Field(1e-20, gt=0, description="added to the root of the second moment")
-    agc: float = Field(0.3, ge=0, description="adaptive gradient clipping; 0 is off")
-    pmin: float = Field(1e-3, gt=0, description="smallest parameter norm that clipping assumes")
-    warmup: int = Field(1000, ge=0, description="updates of linear learning-rate warm-up")
+    lr: float = Field(default=4e-5, gt=0, description="learning rate")
+    betas: tuple[Decay, Decay] = Field(
+        default=(0.9, 0.999), description="decays of the two moments"
+    )
+    eps: float = Field(default=1e-20, gt=0, description="added to the root of the second moment")
+    clip: float = Field(default=0.3, ge=0, description="adaptive gradient clipping; 0 is off")
+    pmin: float = Field(
+        default=1e-3, gt=0, description="smallest parameter norm that clipping assumes"
+    )
+    warmup: int = Field(default=1000, ge=0, description="updates of linear learning-rate warm-up")
 
 
 class SGD(Frozen):
     kind: Literal["sgd"] = "sgd"
-    lr: float = Field(1e-2, gt=0, description="learning rate")
-    momentum: float = Field(0.0, ge=0, lt=1, description="decay of the momentum")
-    nesterov: bool = Field(False, description="look-ahead momentum")
-    weight_decay: float = Field(0.0, ge=0, description="added to the gradient, times the weight")
+    lr: float = Field(default=1e-2, gt=0, description="learning rate")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="decay of the momentum")
+    nesterov: bool = Field(default=False, description="look-ahead momentum")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="added to the gradient, times the weight"
+    )
 
 
 class Muon(Frozen):
     kind: Literal["muon"] = "muon"
-    lr: float = Field(1e-3, gt=0, description="learning rate")
-    momentum: float = Field(0.95, ge=0, lt=1, description="decay of the momentum")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled decay, times lr")
+    lr: float = Field(default=1e-3, gt=0, description="learning rate")
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="decay of the momentum")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled decay, times lr")
 
 
 class M3(Frozen):
     kind: Literal["m3"] = "m3"
-    lr: float = Field(1e-3, gt=0, description="learning rate")
+    lr: float = Field(default=1e-3, gt=0, description="learning rate")
 
 
 Rule = Annotated[
@@ -80,42 +88,48 @@ Rule = Annotated[
 class EveryConfig(Frozen):
     """When: every n ticks of a unit, with an offset; p < 1 draws instead of counting."""
 
-    n: int = Field(1, ge=1, description="period: ticks of the unit between two updates")
+    n: int = Field(default=1, ge=1, description="period: ticks of the unit between two updates")
     unit: str = Field(
-        "update",
+        default="update",
         pattern=r"^[a-z][a-z0-9_]*$",
         description="update, frame, episode, session, task, or the name of an event",
     )
-    phase: int = Field(0, ge=0, description="ticks by which the period is shifted")
-    p: float = Field(1.0, gt=0, le=1, description="chance to move when due")
+    phase: int = Field(default=0, ge=0, description="ticks by which the period is shifted")
+    p: float = Field(default=1.0, gt=0, le=1, description="chance to move when due")
 
 
 class DescendConfig(Frozen):
     kind: Literal["descend"] = "descend"
-    rule: Rule | None = Field(None, description="optimizer; null takes timescales.rule")
-    reduce: Literal["mean", "sum"] = Field("mean", description="how a window's gradients add up")
+    rule: Rule | None = Field(default=None, description="optimizer; null takes timescales.rule")
+    reduce: Literal["mean", "sum"] = Field(
+        default="mean", description="how a window's gradients add up"
+    )
 
 
 class PullConfig(Frozen):
     kind: Literal["pull"] = "pull"
-    source: str = Field("params", description="params (the live parameters) or a level's name")
-    rate: Rate = Field(1.0, description="share of the way toward the source")
-    outer: Rule | None = Field(None, description="optimizer on `self - source` instead of a rate")
+    source: str = Field(
+        default="params", description="params (the live parameters) or a level's name"
+    )
+    rate: Rate = Field(default=1.0, description="share of the way toward the source")
+    outer: Rule | None = Field(
+        default=None, description="optimizer on `self - source` instead of a rate"
+    )
 
 
 Flow = Annotated[DescendConfig | PullConfig, Field(discriminator="kind"), default_kind("descend")]
 
 
 class RelaxConfig(Frozen):
-    to: str = Field("init", description="a level's name, init or zero")
+    to: str = Field(default="init", description="a level's name, init or zero")
     rate: Rate = Field(description="share of the way, each time the level moves")
-    noise: float = Field(0.0, ge=0, description="standard deviation of the noise added")
+    noise: float = Field(default=0.0, ge=0, description="standard deviation of the noise added")
 
 
 class ResetConfig(Frozen):
-    to: str = Field(description="the level that is copied")
-    every: EveryConfig = Field(EveryConfig(), description="clock of the reset")
-    clear_rule: bool = Field(False, description="forget the optimizer's moments too")
+    to: str = Field(description="the level that is copied, init, or params")
+    every: EveryConfig = Field(default=EveryConfig(), description="clock of the reset")
+    clear_rule: bool = Field(default=False, description="forget the optimizer's moments too")
 
 
 class Part(Frozen):
@@ -126,26 +140,34 @@ class Part(Frozen):
     of: int = Field(ge=1)
 
 
+def _match_tag(value: Any) -> str:
+    return "Part" if isinstance(value, dict | Part) else "str"
+
+
+Match = Annotated[
+    Annotated[str, Tag("str")] | Annotated[Part, Tag("Part")], Discriminator(_match_tag)
+]
+
+
 class LevelConfig(Frozen):
     """One row: which parameters, on which clock, by which flow."""
 
-    match: str | Part | None = Field(
-        None, description="regular expression on parameter names, REST, or {by, part, of}"
+    match: Match | None = Field(
+        default=None, description="regular expression on parameter names, REST, or {by, part, of}"
     )
     copy_of: str | None = Field(
-        None, alias="copy", description="regular expression: shadow these parameters"
+        default=None, alias="copy", description="regular expression: shadow these parameters"
     )
-    every: EveryConfig = Field(EveryConfig(), description="clock of the level")
-    flow: Flow = Field(DescendConfig(), description="descend (optimizer) or pull (from a source)")
-    relax: tuple[RelaxConfig, ...] = Field((), description="pulls toward slower values")
-    reset: tuple[ResetConfig, ...] = Field((), description="copies from another level")
+    every: EveryConfig = Field(default=EveryConfig(), description="clock of the level")
+    flow: Flow | None = Field(
+        default=DescendConfig(),
+        description="descend (optimizer), pull (from a source), or null to relax and reset only",
+    )
+    relax: tuple[RelaxConfig, ...] = Field(default=(), description="pulls toward slower values")
+    reset: tuple[ResetConfig, ...] = Field(default=(), description="copies from another level")
 
 
 # ---- kinds of `timescales:` --------------------------------------------------------------------
-Changes = Annotated[
-    dict[str, dict[str, Any]],
-    Field(default_factory=dict, description="changes to the levels that this kind expands to"),
-]
 By = Annotated[
     Literal["module", "depth", "block"],
     Field(description="split by part of the agent, by depth of the networks, or by block"),
@@ -153,8 +175,10 @@ By = Annotated[
 
 
 class Kind(Frozen):
-    rule: Rule = Field(AdamW(), description="optimizer of every level that descends")
-    levels: Changes
+    rule: Rule = Field(default=AdamW(), description="optimizer of every level that descends")
+    levels: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="changes to the levels that this kind expands to"
+    )
 
 
 class Plain(Kind):
@@ -167,11 +191,11 @@ class Geometric(Kind):
     """k levels with periods base**0 ... base**(k-1)."""
 
     kind: Literal["geometric"] = "geometric"
-    k: int = Field(3, ge=1, le=16, description="number of levels")
-    base: int = Field(4, ge=2, description="ratio of neighbouring periods")
+    k: int = Field(default=3, ge=1, le=16, description="number of levels")
+    base: int = Field(default=4, ge=2, description="ratio of neighbouring periods")
     by: By = "module"
     lr_power: float = Field(
-        0.5, ge=0, le=2, description="a level of period n learns with lr * n**lr_power"
+        default=0.5, ge=0, le=2, description="a level of period n learns with lr * n**lr_power"
     )
 
 
@@ -179,65 +203,71 @@ class Cms(Kind):
     """Continuum memory system: given periods, gradients summed over each window."""
 
     kind: Literal["cms"] = "cms"
-    periods: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 4, 16), min_length=1)
+    periods: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 4, 16), min_length=1)
     by: By = "module"
-    reduce: Literal["mean", "sum"] = Field("sum", description="how a window's gradients add up")
+    reduce: Literal["mean", "sum"] = Field(
+        default="sum", description="how a window's gradients add up"
+    )
 
 
 class Lookahead(Kind):
     """Slow copy that takes a step toward the fast weights every n updates (1907.08610)."""
 
     kind: Literal["lookahead"] = "lookahead"
-    n: int = Field(5, ge=1, description="fast updates between slow steps")
-    rate: Rate = Field(0.5, description="share of the way of a slow step")
+    n: int = Field(default=5, ge=1, description="fast updates between slow steps")
+    rate: Rate = Field(default=0.5, description="share of the way of a slow step")
 
 
 class DiLoCo(Kind):
     """Outer Nesterov step on the pseudo-gradient every n updates (2311.08105)."""
 
     kind: Literal["diloco"] = "diloco"
-    n: int = Field(50, ge=1, description="inner updates between outer steps")
-    outer: Rule = Field(SGD(lr=0.7, momentum=0.9, nesterov=True), description="outer optimizer")
+    n: int = Field(default=50, ge=1, description="inner updates between outer steps")
+    outer: Rule = Field(
+        default=SGD(lr=0.7, momentum=0.9, nesterov=True), description="outer optimizer"
+    )
 
 
 class ClsEr(Kind):
     """Two weight averages on Bernoulli clocks (CLS-ER, 2201.12604)."""
 
     kind: Literal["cls_er"] = "cls_er"
-    plastic_p: float = Field(0.9, gt=0, le=1, description="chance of a plastic update")
-    stable_p: float = Field(0.7, gt=0, le=1, description="chance of a stable update")
-    rate: Rate = Field(1e-3, description="share of the way of an update: 1 - decay")
+    plastic_p: float = Field(default=0.9, gt=0, le=1, description="chance of a plastic update")
+    stable_p: float = Field(default=0.7, gt=0, le=1, description="chance of a stable update")
+    rate: Rate = Field(default=1e-3, description="share of the way of an update: 1 - decay")
 
 
 class HareTortoise(Kind):
     """Slow average; the fast weights return to it every n updates (2406.02596)."""
 
     kind: Literal["hare_tortoise"] = "hare_tortoise"
-    n: int = Field(1000, ge=1, description="updates between two returns of the hare")
-    rate: Rate = Field(1e-3, description="share of the way of the tortoise at each update")
+    n: int = Field(default=1000, ge=1, description="updates between two returns of the hare")
+    rate: Rate = Field(default=1e-3, description="share of the way of the tortoise at each update")
 
 
 class BennaFusi(Kind):
     """A chain of ever slower copies that leak into each other (Benna & Fusi 2016)."""
 
     kind: Literal["benna_fusi"] = "benna_fusi"
-    depth: int = Field(3, ge=2, le=16, description="beakers in the chain, the weights included")
-    rate: Rate = Field(0.1, description="rate between the first two beakers")
+    depth: int = Field(
+        default=3, ge=2, le=16, description="beakers in the chain, the weights included"
+    )
+    rate: Rate = Field(default=0.1, description="rate between the first two beakers")
 
 
 class L2Init(Kind):
     """Decoupled decay toward the initial weights (2308.11958)."""
 
     kind: Literal["l2_init"] = "l2_init"
-    rate: Rate = Field(1e-4, description="share of the way toward the initial weights")
+    rate: Rate = Field(default=1e-4, description="share of the way toward the initial weights")
 
 
 class Levels(Frozen):
     """The levels themselves, by name, from fastest to slowest."""
 
     kind: Literal["levels"] = "levels"
-    rule: Rule | None = Field(None, description="optimizer of levels that name none")
-    levels: dict[str, LevelConfig] = Field(min_length=1, description="name -> level")
+    rule: Rule | None = Field(default=None, description="optimizer of levels that name none")
+    levels: dict[str, LevelConfig] = Field(min_length=1, description="one level at least, by name")
 
 
 TimescalesConfig = Annotated[

@@ -1,8 +1,7 @@
 """From a file or preset and `a.b.c=v` overrides to one checked, resolved `Config`.
 
 In order: read the YAML (with what it `extends`), apply overrides, expand `timescales:` to named
-levels, apply overrides on those, check what ties fields together. Giving another `kind` drops the
-fields that belonged to the former one, wherever it is given; another `model.size` drops its widths.
+levels, apply overrides on those, check what ties fields together.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,13 +15,13 @@ from .errors import ConfigError, nearest
 from .expand import expand
 from .explain import explain
 from .levels import LevelConfig, Levels
-from .models import SIZED, Config
+from .models import Config
 from .text import parse_override, parse_yaml
+from .tree import LEVELS, merge, put
 
 PRESETS = Path(__file__).parent.parent / "presets"
 
 Override = tuple[tuple[str, ...], Any]
-_LEVELS = ("timescales", "levels")
 
 
 def presets() -> dict[str, str]:
@@ -40,9 +39,9 @@ def load_config(source: str | Path | None = None, overrides: Sequence[str] = ())
     """
     changes = [parse_override(text) for text in overrides]
     config = _validate(_read(str(source or "default"), ()), ())
-    early = [c for c in changes if c[0][:2] != _LEVELS]
+    early = [c for c in changes if c[0][:2] != LEVELS]
     config = resolve(_changed(config, early))
-    config = _changed(config, [c for c in changes if c[0][:2] == _LEVELS])
+    config = _changed(config, [c for c in changes if c[0][:2] == LEVELS])
     check(config)
     return config
 
@@ -100,77 +99,13 @@ def _read(source: str, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 # ---- changing ----------------------------------------------------------------------------------
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`; a mapping of another kind replaces, others join."""
-    out = dict(base)
-    if "size" in over:
-        out = {k: v for k, v in out.items() if k not in SIZED}
-    for key, value in over.items():
-        old = out.get(key)
-        joins = isinstance(value, dict) and isinstance(old, dict)
-        if joins and value.get("kind", old.get("kind")) == old.get("kind"):
-            out[key] = merge(old, value)
-        else:
-            out[key] = value
-    return out
-
-
 def _changed(config: Config, changes: Iterable[Override]) -> Config:
     # Kinds first, outermost before innermost: each drops its siblings, whatever the order given.
     ordered = sorted(changes, key=lambda c: (c[0][-1] not in ("kind", "size"), len(c[0])))
     tree = config.tree()
     for path, value in ordered:
-        _put(tree, path, value)
+        put(tree, path, value)
     return _validate(tree, ordered) if ordered else config
-
-
-def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    node: Any = tree
-    for depth, part in enumerate(path[:-1]):
-        if isinstance(node, dict) and path[:depth] == _LEVELS and part not in node:
-            _unknown_level(path, value, node)
-        node = _child(node, part, path, value)
-    last = path[-1]
-    if isinstance(node, list):
-        node[_index(node, last, path, value)] = value
-        return
-    if last == "kind" and node.get("kind") != value:
-        node.clear()
-    if path == ("model", "size"):
-        for name in SIZED:
-            node.pop(name, None)
-    node[last] = value
-
-
-def _child(node: Any, part: str, path: tuple[str, ...], value: Any) -> Any:
-    """The mapping or list under `part`, made if there is none yet."""
-    if isinstance(node, list):
-        child = node[_index(node, part, path, value)]
-    else:
-        child = node[part] if node.get(part) is not None else node.setdefault(part, {}) or {}
-        node[part] = child
-    if isinstance(child, dict | list):
-        return child
-    field = ".".join(path)
-    raise ConfigError(field, value, f"{part} is a value, it has no fields", f"set {part} itself")
-
-
-def _index(node: list, part: str, path: tuple[str, ...], value: Any) -> int:
-    if part.isdigit() and int(part) < len(node):
-        return int(part)
-    raise ConfigError(
-        ".".join(path), value, f"{part} is not a place in a list of {len(node)}",
-        f"use 0 to {len(node) - 1}" if node else "set the whole list, for example [...]",
-    )  # fmt: skip
-
-
-def _unknown_level(path: tuple[str, ...], value: Any, known: dict[str, Any]) -> None:
-    near = nearest(path[2], known)
-    instead = ".".join((*_LEVELS, near, *path[3:])) if near else ""
-    raise ConfigError(
-        ".".join(path), value, f"no level is named {path[2]} (levels: {', '.join(known)})",
-        f"did you mean {instead}?" if near else f"add one with timescales.levels.{path[2]}={{...}}",
-    )  # fmt: skip
 
 
 def _validate(tree: dict[str, Any], changes: Iterable[Override]) -> Config:

@@ -38,19 +38,26 @@ Scale = Annotated[float, Field(ge=0)]
 
 
 class EnvConfig(Frozen):
-    id: str = Field("CartPoleShift-v0", description="a gymnasium id, or crafter")
-    num: Count = Field(8, description="parallel environment slots")
+    id: str = Field(default="CartPoleShift-v0", description="a gymnasium id, or crafter")
+    num: Count = Field(default=8, description="parallel environment slots")
     workers: Literal["auto", "inprocess", "process"] = Field(
-        "auto", description="step in this process, or in one process for each slot"
+        default="auto", description="step in this process, or in one process for each slot"
     )
-    image_size: int = Field(64, ge=16, multiple_of=16, description="side of images in pixels")
-    pixels: bool = Field(False, description="observe rendered images instead of the native ones")
+    image_size: int = Field(
+        default=64, ge=16, multiple_of=16, description="side of images in pixels"
+    )
+    pixels: bool = Field(
+        default=False, description="observe rendered images instead of the native ones"
+    )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="given to gymnasium.make")
     contexts: tuple[str, ...] = Field(
-        (), description="hidden contexts in order, in phases of equal length; [] is stationary"
+        default=(),
+        description="hidden contexts in order, in phases of equal length; [] is stationary",
     )
-    action_repeat: Count = Field(1, description="steps for which each action is repeated")
-    time_limit: int = Field(0, ge=0, description="steps of an episode; 0 is the environment's own")
+    action_repeat: Count = Field(default=1, description="steps for which each action is repeated")
+    time_limit: int = Field(
+        default=0, ge=0, description="steps of an episode; 0 is the environment's own"
+    )
 
 
 class NoMemory(Frozen):
@@ -58,13 +65,13 @@ class NoMemory(Frozen):
 
 
 class _Memory(Frozen):
-    dim: Count = Field(64, description="width of keys and values")
-    heads: Count = Field(1, description="independent memories that share the width")
+    dim: Count = Field(default=64, description="width of keys and values")
+    heads: Count = Field(default=1, description="independent memories that share the width")
     forget: Literal["episode", "session", "never"] = Field(
-        "session", description="when a slot's memory returns to its initial state"
+        default="session", description="when a slot's memory returns to its initial state"
     )
     imagine: Literal["write", "read", "off"] = Field(
-        "read", description="what imagination does with the memory"
+        default="read", description="what imagination does with the memory"
     )
 
 
@@ -87,20 +94,20 @@ class ModelConfig(Frozen):
     """World model; `size` gives the defaults of the eight widths below it."""
 
     size: Literal["tiny", "1m", "12m", "25m", "50m", "100m", "200m", "400m"] = Field(
-        "tiny", description="row of the table of sizes"
+        default="tiny", description="row of the table of sizes"
     )
-    deter: Count = Field(128, description="width of the deterministic state")
-    hidden: Count = Field(64, description="width of the dynamics' layers")
-    classes: int = Field(8, ge=2, description="classes of each latent variable")
-    stoch: Count = Field(8, description="number of latent variables")
-    depth: Count = Field(4, description="channels of the first convolution")
-    units: Count = Field(64, description="width of the multilayer perceptrons")
-    blocks: Count = Field(4, description="blocks of the block-diagonal GRU")
-    layers: Count = Field(1, description="layers of the vector encoder, decoder and heads")
+    deter: Count = Field(default=128, description="width of the deterministic state")
+    hidden: Count = Field(default=64, description="width of the dynamics' layers")
+    classes: int = Field(default=8, ge=2, description="classes of each latent variable")
+    stoch: Count = Field(default=8, description="number of latent variables")
+    depth: Count = Field(default=4, description="channels of the first convolution")
+    units: Count = Field(default=64, description="width of the multilayer perceptrons")
+    blocks: Count = Field(default=4, description="blocks of the block-diagonal GRU")
+    layers: Count = Field(default=1, description="layers of the vector encoder, decoder and heads")
     encoder: Literal["faithful", "strided"] = Field(
-        "faithful", description="5x5 convolutions with pooling, or faster strided 4x4 ones"
+        default="faithful", description="5x5 convolutions with pooling, or faster strided 4x4 ones"
     )
-    memory: MemoryConfig = Field(NoMemory(), description="fast weights in the dynamics")
+    memory: MemoryConfig = Field(default=NoMemory(), description="fast weights in the dynamics")
 
     @model_validator(mode="before")
     @classmethod
@@ -116,26 +123,30 @@ def _scales(value: Any) -> Any:
 
 
 class AgentConfig(Frozen):
-    horizon: Count = Field(15, description="imagined steps")
-    starts: int = Field(0, ge=0, description="replayed rows imagined from in a batch; 0 is all")
-    discount: float = Field(333, gt=1, description="horizon h of the discount 1 - 1/h")
-    lam: Rate = Field(0.95, description="lambda of the returns")
-    entropy: float = Field(3e-4, ge=0, description="weight of the policy's entropy")
-    unimix: Rate = Field(0.01, description="uniform share of categorical distributions")
-    free_nats: float = Field(1.0, ge=0, description="information that costs nothing")
-    slow_rate: Rate = Field(0.02, description="rate of the slow critic's pull")
-    slow_regularizer: float = Field(1.0, ge=0, description="weight of staying near the slow critic")
-    layers: Count = Field(3, description="layers of actor and critic")
-    bins: int = Field(255, ge=3, description="bins of the two-hot reward and value")
+    horizon: Count = Field(default=15, description="imagined steps")
+    starts: int = Field(
+        default=0, ge=0, description="replayed rows imagined from in a batch; 0 is all"
+    )
+    discount: float = Field(default=333, gt=1, description="horizon h of the discount 1 - 1/h")
+    lam: Rate = Field(default=0.95, description="lambda of the returns")
+    entropy: float = Field(default=3e-4, ge=0, description="weight of the policy's entropy")
+    unimix: Rate = Field(default=0.01, description="uniform share of categorical distributions")
+    free_nats: float = Field(default=1.0, ge=0, description="information that costs nothing")
+    slow_rate: Rate = Field(default=0.02, description="rate of the slow critic's pull")
+    slow_regularizer: float = Field(
+        default=1.0, ge=0, description="weight of staying near the slow critic"
+    )
+    layers: Count = Field(default=3, description="layers of actor and critic")
+    bins: int = Field(default=255, ge=3, description="bins of the two-hot reward and value")
     scales: Annotated[dict[str, Scale], BeforeValidator(_scales)] = Field(
-        SCALES, description="weight of each loss"
+        default=SCALES, description="weight of each loss"
     )
 
 
 class _Replay(Frozen):
-    capacity: Count = Field(100_000, description="frames kept")
-    batch: Count = Field(16, description="sequences in a batch")
-    length: int = Field(64, ge=2, description="frames in a sequence")
+    capacity: Count = Field(default=100_000, description="frames kept")
+    batch: Count = Field(default=16, description="sequences in a batch")
+    length: int = Field(default=64, ge=2, description="frames in a sequence")
 
 
 class Fifo(_Replay):
@@ -154,52 +165,56 @@ ReplayConfig = Annotated[Fifo | Reservoir, Field(discriminator="kind"), default_
 
 
 class TrainConfig(Frozen):
-    ratio: float = Field(32, gt=0, description="replayed frames for each environment frame")
-    prefill: int = Field(1000, ge=0, description="frames of random actions before learning")
+    ratio: float = Field(default=32, gt=0, description="replayed frames for each environment frame")
+    prefill: int = Field(default=1000, ge=0, description="frames of random actions before learning")
 
 
 class EvaluateConfig(Frozen):
-    every: int = Field(1000, ge=0, description="frames between evaluations; 0 is only at the end")
-    episodes: Count = Field(32, description="episodes of an evaluation, in each context")
+    every: int = Field(
+        default=1000, ge=0, description="frames between evaluations; 0 is only at the end"
+    )
+    episodes: Count = Field(default=32, description="episodes of an evaluation, in each context")
 
 
 class LogConfig(Frozen):
-    every: Count = Field(250, description="frames between lines of metrics")
+    every: Count = Field(default=250, description="frames between lines of metrics")
 
 
 class CheckpointConfig(Frozen):
-    every: int = Field(5000, ge=0, description="frames between checkpoints; 0 is only at the end")
-    keep: Count = Field(2, description="checkpoints kept")
+    every: int = Field(
+        default=5000, ge=0, description="frames between checkpoints; 0 is only at the end"
+    )
+    keep: Count = Field(default=2, description="checkpoints kept")
 
 
 class TrackingConfig(Frozen):
-    mlflow: bool = Field(True, description="send metrics to MLflow")
-    uri: str = Field("sqlite:///mlflow.db", description="MLflow's tracking store")
-    experiment: str | None = Field(None, description="MLflow experiment; null is `name`")
-    root: str = Field("runs", description="folder of the runs' folders")
+    mlflow: bool = Field(default=True, description="send metrics to MLflow")
+    uri: str = Field(default="sqlite:///mlflow.db", description="MLflow's tracking store")
+    experiment: str | None = Field(default=None, description="MLflow experiment; null is `name`")
+    root: str = Field(default="runs", description="folder of the runs' folders")
 
 
 class Config(Frozen):
     """Everything that a run depends on."""
 
     name: str = Field(
-        "run",
+        default="run",
         pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$",
         description="start of the run's id and MLflow experiment: a-z, 0-9, - and _",
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of every random generator")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to compute")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of every random generator")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: float32 on a CPU, bfloat16 on CUDA"
+        default="auto", description="auto: float32 on a CPU, bfloat16 on CUDA"
     )
-    threads: int = Field(0, ge=0, description="torch threads; 0 chooses")
-    frames: Count = Field(24_000, description="environment steps of the whole run")
+    threads: int = Field(default=0, ge=0, description="torch threads; 0 chooses")
+    frames: Count = Field(default=24_000, description="environment steps of the whole run")
     env: EnvConfig = EnvConfig()
     model: ModelConfig = ModelConfig()
     agent: AgentConfig = AgentConfig()
     replay: ReplayConfig = Fifo()
     train: TrainConfig = TrainConfig()
-    timescales: TimescalesConfig = Plain(levels={})
+    timescales: TimescalesConfig = Plain()
     evaluate: EvaluateConfig = EvaluateConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
