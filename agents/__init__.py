@@ -3,4 +3,4 @@
 from agents.dreamer import Dreamer
 from agents.heads import ContinuousActor, Critic, DiscreteActor, make_actor
 
-__all__ = ["ContinuousActor", "Critic", "Dreamer", "DiscreteActor", "make_actor"]
+__all__ = ["ContinuousActor", "Critic", "DiscreteActor", "Dreamer", "make_actor"]

@@ -60,13 +60,17 @@ class Dreamer(nn.Module):
 
     @torch.no_grad()
     def act(
-        self, carry: Carry, row: Batch, generator: torch.Generator | None = None
+        self,
+        carry: Carry,
+        row: Batch,
+        generator: torch.Generator | None = None,
+        use: MemoryUse = "write",
     ) -> tuple[Tensor, Carry]:
         """Encoded action (B, A) for rows (B, ...), and the carry after them."""
         sequence = Batch(
             {k: v[:, None] for k, v in row.obs.items()}, *(x[:, None] for x in row[1:])
         )
-        posterior, carry = self.world.observe(sequence, carry, generator)
+        posterior, carry = self.world.observe(sequence, carry, generator, use)
         params = self.actor(features(posterior.deter, posterior.stoch)[:, 0])
         return self.actor.sample(params, generator), carry
 

@@ -28,7 +28,7 @@ def lambda_return(reward: Tensor, live: Tensor, cont: Tensor, boot: Tensor, lam:
 
 
 class ReturnScale(nn.Module):
-    """Exponential average of a percentile range; `forward` updates it and gives max(limit, range)."""
+    """Running percentile range of returns; `forward` updates it and gives max(limit, range)."""
 
     low: Tensor
     high: Tensor

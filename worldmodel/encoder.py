@@ -7,6 +7,7 @@ Convolutions run channels-last: an (N, H, W, C) batch is viewed, never copied.
 """
 
 import math
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from worldmodel.nets import (
-    MLP,
     BlockLinear,
     Dense,
     Linear,
@@ -82,13 +82,13 @@ class Encoder(nn.Module):
             sizes = image_sizes(spec)
             channels = [sum(spec[k].shape[2] for k in self.images)]
             channels += [depth * multiple for multiple in MULTIPLES]
-            pairs = zip(channels, channels[1:], strict=False)
+            pairs = pairwise(channels)
             self.convs.extend(ConvNorm(a, b, kind, "down") for a, b in pairs)
             self.norms.extend(RMSNorm(c) for c in channels[1:])
             self.dim += math.prod(sizes) * channels[-1]
         if self.vectors:
             widths = [sum(vector_width(spec[k]) for k in self.vectors)] + [units] * layers
-            pairs = zip(widths, widths[1:], strict=False)
+            pairs = pairwise(widths)
             self.dense.extend(Dense(a, b) for a, b in pairs)
             self.dim += units
 
@@ -161,7 +161,7 @@ class Decoder(nn.Module):
         self.dense, self.convs, self.norms = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         if self.vectors:
             widths = [deter + stoch] + [units] * layers
-            pairs = zip(widths, widths[1:], strict=False)
+            pairs = pairwise(widths)
             self.dense.extend(Dense(a, b) for a, b in pairs)
             for key in self.vectors:
                 self.outputs[key] = Linear(widths[-1], vector_width(spec[key]))
@@ -170,7 +170,7 @@ class Decoder(nn.Module):
             self.space = SpatialInput(self.grid, deter, stoch, units, blocks)
             channels = [depth * m for m in reversed(MULTIPLES)]
             channels += [sum(spec[k].shape[2] for k in self.images)]
-            pairs = zip(channels, channels[1:], strict=False)
+            pairs = pairwise(channels)
             self.convs.extend(ConvNorm(a, b, kind, "up") for a, b in pairs)
             self.norms.extend(RMSNorm(c) for c in channels[1:-1])
 

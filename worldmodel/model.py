@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nested import fast as fast_state
 from worldmodel.encoder import Decoder, Encoder
 from worldmodel.heads import Binary, TwoHot, kl
-from worldmodel.rssm import RSSM, Posterior
+from worldmodel.rssm import RSSM, MemoryUse, Posterior
 from worldmodel.types import Batch, Carry, Latent
 
 FAST_FORGETS = ("episode", "session", "never")
@@ -50,12 +50,17 @@ class WorldModel(nn.Module):
         return self.dynamics.initial(batch)
 
     def observe(
-        self, batch: Batch, carry: Carry, generator: torch.Generator | None = None
+        self,
+        batch: Batch,
+        carry: Carry,
+        generator: torch.Generator | None = None,
+        use: MemoryUse = "write",
     ) -> tuple[Posterior, Carry]:
         """Filter (B, T, ...) rows from `carry`; any split of T gives the same result."""
         forget = torch.zeros_like(batch.first) if self.forget == "never" else batch.first
         tokens = self.encoder(batch.obs)
-        return self.dynamics.observe(carry, tokens, batch.action, batch.first, forget, generator)
+        rows = (tokens, batch.action, batch.first, forget)
+        return self.dynamics.observe(carry, *rows, use, generator)
 
     def losses(self, batch: Batch, posterior: Posterior) -> dict[str, Tensor]:
         """Every loss of the world model, unreduced: {name: (B, T)}."""

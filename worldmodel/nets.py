@@ -6,6 +6,7 @@ the part of the layer that one input sees: what is not recurrent is then hoisted
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ class MLP(nn.Module):
     def __init__(self, n_in: int, n_out: int, units: int, layers: int, scale: float = 1.0):
         super().__init__()
         sizes = [n_in] + [units] * layers
-        pairs = zip(sizes, sizes[1:], strict=False)
+        pairs = pairwise(sizes)
         self.layers = nn.ModuleList(Dense(a, b) for a, b in pairs)
         self.out = Linear(sizes[-1], n_out, scale)
 

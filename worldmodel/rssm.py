@@ -103,12 +103,13 @@ class RSSM(nn.Module):
         action: Tensor,
         first: Tensor,
         forget: Tensor,
+        use: MemoryUse = "write",
         generator: torch.Generator | None = None,
     ) -> tuple[Posterior, Carry]:
         """Filter a sequence: tokens (B, T, E), action (B, T, A), first and forget (B, T) bool.
 
         Where `first` is set the latent and the action are zeroed before the step; where `forget`
-        is set the fast weights go back to their initial state.
+        is set the fast weights go back to their initial state. `use`: what to do with them.
         """
         batch, length = first.shape
         hoisted = self._hoist()
@@ -122,8 +123,8 @@ class RSSM(nn.Module):
         deters, stochs, probs, fasts = [], [], [], []
         for t in range(length):
             deter, stoch = deter * keep[:, t], stoch.flatten(1) * keep[:, t]
-            write = self._writer(forget[:, t])
-            deter, fast = self._core(deter, stoch, embed[:, t], bias[:, t], fast, write, hoisted)
+            recall = self._recall(use, forget[:, t])
+            deter, fast = self._core(deter, stoch, embed[:, t], bias[:, t], fast, recall, hoisted)
             h = F.silu(layer.norm(seen[:, t] + deter @ weight[: self.deter]))
             p = self._probs(self.posterior_net.out(h))
             stoch = sample(p, noise[t]) + p - p.detach()
@@ -203,25 +204,17 @@ class RSSM(nn.Module):
     def _probs(self, logits: Tensor) -> Tensor:
         return unimix(logits.unflatten(-1, (self.stoch, self.classes)), self.mix)
 
-    def _writer(self, reset: Tensor) -> Recall:
-        """Writes into fast weights, then reads."""
+    def _recall(self, use: MemoryUse, reset: Tensor | None = None) -> Recall:
+        """How a step meets the fast weights: writes, then reads; reads only; or ignores them."""
+        if self.memory is None:
+            return lambda x, fast: (x, fast)
+        memory = self.memory
 
         def write(x: Tensor, fast: Any) -> tuple[Tensor, Any]:
-            assert self.memory is not None
-            return self.memory(x, fast, reset)
-
-        return write
-
-    def _recall(self, use: MemoryUse) -> Recall:
-        """How imagination meets fast weights: writes and reads, reads only, or ignores them."""
+            return memory(x, fast, reset)
 
         def read(x: Tensor, fast: Any) -> tuple[Tensor, Any]:
-            assert self.memory is not None
-            return self.memory.read(x, fast), fast
-
-        def write(x: Tensor, fast: Any) -> tuple[Tensor, Any]:
-            assert self.memory is not None
-            return self.memory(x, fast)
+            return memory.read(x, fast), fast
 
         def off(x: Tensor, fast: Any) -> tuple[Tensor, Any]:
             return x.new_zeros(len(x), self.hidden), fast

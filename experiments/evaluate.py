@@ -1,0 +1,95 @@
+"""Evaluation: acts with a trained agent and changes nothing in it.
+
+Environments, carries and generators of an evaluation are its own and depend only on the seed and
+the moment, so a run with evaluations trains exactly as one without.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from agents import Dreamer
+from experiments.build import build_agent, device_of
+from experiments.config import Config, load_config
+from experiments.driver import Driver
+from experiments.envs import make_envs
+from worldmodel.rssm import MemoryUse
+
+SLOTS = 32
+DEFAULT = "default"  # the context of an environment that has none
+
+
+def contexts_of(config: Config) -> list[str]:
+    """The distinct contexts to evaluate in, in the order in which they come up."""
+    return list(dict.fromkeys(config.env.contexts)) or [DEFAULT]
+
+
+def evaluate(
+    config: Config,
+    agent: Dreamer,
+    contexts: Sequence[str],
+    moment: int = 0,
+    episodes: int = 32,
+    use: MemoryUse = "write",
+) -> dict[str, float]:
+    """Mean return of `episodes` episodes in each context, and its share of the cap as `score`.
+
+    `moment` (environment frames) picks the seed. Every slot plays the same number of episodes, so
+    that short ones are not counted more often than long ones.
+    """
+    num = min(episodes, SLOTS)
+    seed = np.random.SeedSequence([config.seed, 1, moment]).generate_state(1)[0]
+    envs = make_envs(config.env, num, int(seed))
+    generator = torch.Generator(device_of(config)).manual_seed(int(seed))
+    metrics: dict[str, float] = {}
+    try:
+        for context in contexts:
+            driver = Driver(agent, envs, generator, use)
+            driver.reset(None if context == DEFAULT else context)
+            returns = _play(driver, num, -(-episodes // num))
+            mean = float(np.mean(returns))
+            metrics[f"eval/{context}/return"] = mean
+            if envs.cap:
+                metrics[f"eval/{context}/score"] = mean / envs.cap
+    finally:
+        envs.close()
+    return metrics
+
+
+def _play(driver: Driver, num: int, each: int) -> list[float]:
+    """Returns of the first `each` episodes of every slot."""
+    left = np.full(num, each)
+    returns: list[float] = []
+    while left.any():
+        step = driver.step()
+        ended = np.flatnonzero(step.row.last)
+        for slot, value in zip(ended, step.returns, strict=True):
+            if left[slot]:
+                left[slot] -= 1
+                returns.append(value)
+    return returns
+
+
+def load_run(path: Path | str) -> tuple[Config, Dreamer]:
+    """The configuration and the trained agent of a run, on the configured device."""
+    from experiments.record import Checkpoints, Run, RunError
+
+    run = Run.open(Path(path))
+    config = load_config(str(run.path / "config.yaml"), [])
+    loaded = Checkpoints(run.checkpoints).load()
+    if loaded is None:
+        raise RunError(f"{run.path} holds no checkpoint yet; train it first")
+    envs = make_envs(config.env.model_copy(update={"workers": "inprocess"}), 1, 0)
+    envs.close()
+    agent = build_agent(config, envs.obs_spec, envs.action_spec)
+    agent.load_state_dict(loaded.state["agent"])
+    return config, agent
+
+
+def evaluate_run(path: Path | str, fast: bool = True, episodes: int = 32) -> dict[str, float]:
+    """Load a run and act: mean returns by context; without `fast`, memories are left out."""
+    config, agent = load_run(path)
+    use: MemoryUse = "write" if fast else "off"
+    return evaluate(config, agent, contexts_of(config), 0, episodes, use)

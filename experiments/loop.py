@@ -1,0 +1,234 @@
+"""What the training loop holds between steps, and how it is counted, reported and saved.
+
+Everything that decides how a run goes on is in `state_dict`: weights, levels, clocks, the replay
+with its cursor, environments, carries, generators, and the sums of metrics not yet reported.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents import Dreamer
+from agents.dreamer import Outcome
+from experiments.build import build_agent, build_timescales, device_of
+from experiments.config import Config
+from experiments.data.replay import Replay
+from experiments.driver import Driver, Step
+from experiments.envs import make_envs
+from experiments.evaluate import contexts_of, evaluate
+from experiments.record import Checkpoints, Run, RunError
+from timescales import Ratio
+
+SEEDS = ("envs", "act", "learn", "replay", "prefill", "levels")  # one stream each
+
+
+class Loop:
+    """A run in progress. `with loop:` marks the run as running, then as how it ended."""
+
+    def __init__(self, config: Config, run: Run):
+        self.config, self.run = config, run
+        self.device = device_of(config)
+        self.low_precision = precision(config, self.device) == "bfloat16"
+        torch.set_num_threads(threads(config))
+        seeds = np.random.SeedSequence(config.seed).generate_state(len(SEEDS))
+        seed = {name: int(value) for name, value in zip(SEEDS, seeds, strict=True)}
+        self.envs = make_envs(config.env, seed=seed["envs"])
+        self.agent: Dreamer = build_agent(config, self.envs.obs_spec, self.envs.action_spec)
+        self.timescales = build_timescales(config, self.agent, seed["levels"])
+        self.driver = Driver(self.agent, self.envs, generator(self.device, seed["act"]))
+        self.generator = generator(self.device, seed["learn"])
+        self.random = np.random.default_rng(seed["prefill"])
+        replay = config.replay
+        self.replay = Replay(replay.kind, replay.capacity, replay.length, seed["replay"])
+        self.ratio = Ratio(config.train.ratio, replay.batch * replay.length)
+        self.checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
+        self.frame, self.before, self.updates, self.phase = 0, 0, 0, -1
+        self.ended = {"return": 0.0, "length": 0.0, "episodes": 0}
+        self.sums: dict[str, Tensor] = {}
+        self.gathered = 0
+        self._clock, self._clocked = time.perf_counter(), (0, 0)
+
+    @classmethod
+    def start(cls, config: Config) -> Self:
+        """A new run: its folder, level table, first evaluation and first checkpoint."""
+        loop = cls(config, Run.create(config, Path(config.tracking.root)))
+        levels = {"levels": loop.timescales.table(), "timeline": loop.timescales.timeline(256)}
+        loop.run.write("levels.json", levels)
+        loop.run.start()
+        loop.evaluate()
+        loop.save()
+        return loop
+
+    @classmethod
+    def resume(cls, config: Config, path: Path) -> Self:
+        """An existing run, as its last whole checkpoint left it."""
+        loop = cls(config, Run.open(path))
+        loaded = loop.checkpoints.load()
+        if loaded is None:
+            raise RunError(f"{path} holds no checkpoint to resume from; start a new run")
+        loop.run.start()
+        loop.replay.restore(loaded.segments.get("replay", []))
+        loop.load_state_dict(loaded.state)
+        return loop
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has had all its frames."""
+        return self.frame >= self.config.frames
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether actions are still random."""
+        return self.frame < self.config.train.prefill
+
+    def due(self, every: int) -> bool:
+        """Whether the last step passed a multiple of `every` frames; never for 0."""
+        return every > 0 and self.frame // every > self.before // every
+
+    def enter_phase(self) -> None:
+        """Move the environment into the hidden context of this frame, if it is a new one."""
+        contexts = self.config.env.contexts
+        phase = self.frame * len(contexts) // self.config.frames if contexts else 0
+        if phase != self.phase:
+            self.driver.reset(contexts[phase] if contexts else None)
+            if self.phase >= 0:
+                self.timescales.tick("task")
+            self.phase = phase
+
+    def count(self, step: Step) -> None:
+        """Count the frames and episodes of a step, and move the levels on those clocks."""
+        self.before, self.frame = self.frame, self.frame + self.envs.num
+        self.timescales.tick("frame", self.envs.num)
+        episodes = len(step.returns)
+        if episodes:
+            self.timescales.tick("episode", episodes)
+            self.timescales.tick("session", episodes)
+            self.ended["return"] += sum(step.returns)
+            self.ended["length"] += sum(step.lengths)
+            self.ended["episodes"] += episodes
+
+    def updates_due(self) -> int:
+        """Updates owed for the last step; none while the replay is filling."""
+        if self.prefilling or not self.replay.ready(self.config.replay.batch):
+            return 0
+        return self.ratio.owed(self.envs.num)
+
+    def gather(self, outcome: Outcome) -> None:
+        """Add up what is reported, on the device: no waiting here."""
+        self.updates += 1
+        self.gathered += 1
+        found = {f"loss/{key}": value.detach().mean() for key, value in outcome.losses.items()}
+        found |= {f"agent/{key}": value for key, value in outcome.metrics.items()}
+        names = list(found)
+        values = torch.stack([found[name] for name in names]).double()
+        self.sums = {",".join(names): values + self.sums.get(",".join(names), 0.0)}
+
+    def log(self) -> dict[str, float]:
+        """Report means since the last report; raises FloatingPointError on a loss that is not."""
+        metrics = {"train/phase": self.phase, "train/updates": self.updates}
+        for names, values in self.sums.items():
+            means = (values / self.gathered).tolist()
+            metrics |= dict(zip(names.split(","), means, strict=True))
+        if self.ended["episodes"]:
+            for key in ("return", "length"):
+                metrics[f"train/{key}"] = self.ended[key] / self.ended["episodes"]
+        metrics |= self.timescales.metrics() | self._speed()
+        self.run.log(self.frame, metrics)
+        self.ended = {"return": 0.0, "length": 0.0, "episodes": 0}
+        self.sums, self.gathered = {}, 0
+        bad = [k for k, v in metrics.items() if k.startswith("loss/") and not np.isfinite(v)]
+        if bad:
+            raise FloatingPointError(f"{', '.join(bad)} is not finite at frame {self.frame}")
+        return metrics
+
+    def _speed(self) -> dict[str, float]:
+        now, (frames, updates) = time.perf_counter(), self._clocked
+        spent = max(now - self._clock, 1e-9)
+        self._clock, self._clocked = now, (self.frame, self.updates)
+        rates = {"fps": (self.frame - frames) / spent, "updates": (self.updates - updates) / spent}
+        return {"time/fps": rates["fps"], "time/updates_per_s": rates["updates"]}
+
+    def evaluate(self) -> dict[str, float]:
+        """Report the returns in every context."""
+        episodes = self.config.evaluate.episodes
+        contexts = contexts_of(self.config)
+        metrics = evaluate(self.config, self.agent, contexts, self.frame, episodes)
+        self.run.log(self.frame, metrics)
+        return metrics
+
+    def save(self) -> None:
+        """Write a checkpoint: the state, and what the replay took in since the last one."""
+        journal, compact = self.replay.journal()
+        append = {} if journal is None else {"replay": journal}
+        self.checkpoints.save(self.frame, self.state_dict(), append, ("replay",) if compact else ())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how the run goes on, but for the replay's journal."""
+        return {
+            "agent": self.agent.state_dict(),
+            "timescales": self.timescales.state_dict(),
+            "driver": self.driver.state_dict() if self.phase >= 0 else None,
+            "replay": self.replay.state_dict(),
+            "ratio": self.ratio.state_dict(),
+            "generator": self.generator.get_state(),
+            "random": self.random.bit_generator.state,
+            "counts": [self.frame, self.before, self.updates, self.phase, self.gathered],
+            "ended": dict(self.ended),
+            "sums": dict(self.sums),
+            "lines": self.run.metrics.lines,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken; later lines of the metrics are dropped."""
+        self.agent.load_state_dict(state["agent"])
+        self.timescales.load_state_dict(state["timescales"])
+        if state["driver"] is not None:
+            self.driver.load_state_dict(state["driver"])
+        self.replay.load_state_dict(state["replay"])
+        self.ratio.load_state_dict(state["ratio"])
+        self.generator.set_state(state["generator"])
+        self.random.bit_generator.state = state["random"]
+        self.frame, self.before, self.updates, self.phase, self.gathered = state["counts"]
+        self.ended, self.sums = dict(state["ended"]), dict(state["sums"])
+        self.run.metrics.truncate(state["lines"])
+        self._clocked = (self.frame, self.updates)
+
+    def __enter__(self) -> Self:
+        from experiments.record.tracking import start_uploader
+
+        self._uploader = start_uploader(self.run) if self.config.tracking.mlflow else None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        from experiments.record.report import report
+
+        self.envs.close()
+        ends = {None: "finished", KeyboardInterrupt: "stopped"}
+        report(self.run.path)
+        self.run.finish(ends.get(kind, "failed"))
+        if self._uploader is not None:
+            self._uploader.finish()
+
+
+def generator(device: torch.device, seed: int) -> torch.Generator:
+    """A seeded generator on the device."""
+    return torch.Generator(device).manual_seed(seed)
+
+
+def precision(config: Config, device: torch.device) -> str:
+    """float32 or bfloat16; `auto` takes bfloat16 where the device has tensor cores for it."""
+    if config.precision != "auto":
+        return config.precision
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def threads(config: Config) -> int:
+    """Torch threads: one for small networks, whose operations are too short to share."""
+    small = config.model.deter <= 256 and not config.env.pixels
+    return config.threads or (1 if small else len(os.sched_getaffinity(0)))

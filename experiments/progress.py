@@ -1,0 +1,57 @@
+"""Live progress: a line that moves in a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from experiments.config import Config
+
+PAUSE = 10.0  # seconds between plain lines
+
+
+class Progress:
+    """Shows frames done, the newest evaluation and the speed."""
+
+    def __init__(self, run: Path, config: Config):
+        self._console = Console(stderr=True)
+        columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("frames  {task.fields[text]}"))
+        self._bar = Bar(*columns, TimeRemainingColumn(), console=self._console, transient=True)
+        self._task = self._bar.add_task("train", total=config.frames, text="")
+        self._live = self._console.is_terminal
+        self._total, self._shown = config.frames, 0.0
+        self._parts: dict[str, str] = {}
+        print(f"run {run}", file=sys.stderr)
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def show(self, frame: int, metrics: Mapping[str, float]) -> None:
+        """Take in new metrics; a plain line at most every ten seconds."""
+        for name, value in metrics.items():
+            if name.startswith("eval/") and name.endswith("/return"):
+                self._parts[name] = f"{name.split('/')[1]} {value:.1f}"
+        if "time/updates_per_s" in metrics:
+            self._parts["speed"] = f"{metrics['time/updates_per_s']:.0f} updates/s"
+        text = "  ".join(self._parts.values())
+        if self._live:
+            self._bar.update(self._task, completed=min(frame, self._total), text=text)
+        elif time.monotonic() - self._shown > PAUSE:
+            self._shown = time.monotonic()
+            print(f"{frame:>8}/{self._total} frames  {text}", file=sys.stderr, flush=True)
