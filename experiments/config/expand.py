@@ -140,14 +140,16 @@ def _l2_init(kind: kinds.L2Init) -> Tree:
 
 def _levels(kind: Levels) -> Tree:
     """The levels as given, with the shared rule put into those that descend without one."""
-    found = {name: level.model_dump(mode="json", by_alias=True) for name, level in
-             kind.levels.items()}  # fmt: skip
-    bare = [x for x in found.values() if x["flow"]["kind"] == "descend" and not x["flow"]["rule"]]
+    found = {k: level.model_dump(mode="json", by_alias=True) for k, level in kind.levels.items()}
+    flows = [level["flow"] for level in found.values() if level["flow"]]
+    bare = [flow for flow in flows if flow["kind"] == "descend" and not flow["rule"]]
     if kind.rule is not None and not bare:
         raise ConfigError(
-            "timescales.rule", kind.rule.kind, "every level names its own rule; none takes this",
+            "timescales.rule",
+            kind.rule.model_dump(mode="json"),
+            "every level names its own rule; none takes this",
             f"set timescales.levels.{next(iter(found))}.flow.rule instead",
-        )  # fmt: skip
+        )
     for flow in bare:
         flow["rule"] = (kind.rule or kinds.AdamW()).model_dump(mode="json")
     return found

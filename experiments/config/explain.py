@@ -16,8 +16,9 @@ Path = tuple[str, ...]
 
 
 def explain(error: ValidationError, overrides: Sequence[tuple[Path, Any]]) -> ConfigError:
-    """The first complaint of pydantic as a ConfigError."""
-    first = error.errors(include_url=False)[0]
+    """The most telling complaint of pydantic as a ConfigError: a misspelt name before the rest."""
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda found: found["type"] != "extra_forbidden")
     path, node, parent = _locate([str(part) for part in first["loc"]])
     context = first.get("ctx", {})
     match first["type"]:
@@ -135,7 +136,7 @@ def _plain_words(message: str) -> str:
             "must be a mapping",
         ),
         ("Input should be a valid dictionary", "must be a mapping"),
-        (" or instance of", " of fields:"),
+        (" or instance of", ":"),
         ("Input should be", "must be"),
         ("String should", "must"),
         ("greater than or equal to", "at least"),

@@ -1,0 +1,105 @@
+"""Which environments exist: the check of `env:` before anything heavy is imported.
+
+Needs gymnasium's registry (0.2 s) and never torch. Packages that come as extras are looked up
+without being imported, unless a name has to be found among theirs.
+"""
+
+import importlib
+import warnings
+from importlib.util import find_spec
+
+from experiments.config import Config, ConfigError, nearest
+
+# Ids of our own, with the hidden contexts that each can be in.
+OWN: dict[str, tuple[str, ...]] = {
+    "CartPoleShift-v0": ("normal", "flipped", "long", "heavy"),
+    "crafter": (),
+}
+
+# What an id starts with: the package that is needed, and what installs it.
+_EXTRAS = {
+    "MiniGrid-": ("minigrid", "nested-timescales[minigrid]"),
+    "BabyAI-": ("minigrid", "nested-timescales[minigrid]"),
+    "ALE/": ("ale_py", "nested-timescales[atari]"),
+    "crafter": ("crafter", "nested-timescales[crafter]"),
+}
+# Families that gymnasium itself registers whether or not they can run.
+_GYMNASIUM = {
+    "gymnasium.envs.box2d": ("Box2D", "gymnasium[box2d]"),
+    "gymnasium.envs.mujoco": ("mujoco", "gymnasium[mujoco]"),
+    "gymnasium.envs.phys2d": ("jax", "gymnasium[jax]"),
+    "gymnasium.envs.tabular": ("jax", "gymnasium[jax]"),
+}
+
+
+def check_env(config: Config) -> None:
+    """Raise ConfigError for an environment that is unknown, lacks its package or its contexts."""
+    name = config.env.id
+    for prefix, (package, install) in _EXTRAS.items():
+        if name.startswith(prefix):
+            _need(name, package, install)
+    if name not in OWN and ":" not in name:
+        _registered(name)
+    _contexts(name, config.env.contexts)
+    if name == "CartPoleShift-v0":
+        _native(config)
+
+
+def _need(name: str, package: str, install: str) -> None:
+    if find_spec(package) is None:
+        problem = f"needs the package {package}, which is not installed"
+        raise ConfigError("env.id", name, problem, f"pip install '{install}'")
+
+
+def _registered(name: str) -> None:
+    known = registry()
+    if name not in known:
+        near = nearest(name, [*OWN, *known])
+        raise ConfigError(
+            "env.id", name, "no such environment is registered",
+            f"did you mean {near}?" if near else "use a gymnasium id such as CartPole-v1",
+        )  # fmt: skip
+    for module, (package, install) in _GYMNASIUM.items():
+        if known[name].startswith(module):
+            _need(name, package, install)
+
+
+def registry() -> dict[str, str]:
+    """Every registered id -> its entry point, those of the installed extras included."""
+    from gymnasium.envs.registration import registry as registered
+
+    with warnings.catch_warnings(action="ignore"):
+        for package in ("minigrid", "ale_py"):
+            if find_spec(package) is not None:
+                importlib.import_module(package)
+    return {name: str(spec.entry_point) for name, spec in registered.items()}
+
+
+def _contexts(name: str, contexts: tuple[str, ...]) -> None:
+    known = OWN.get(name, ())
+    if contexts and not known:
+        having = ", ".join(own for own, names in OWN.items() if names)
+        raise ConfigError(
+            "env.contexts", list(contexts), f"{name} has no hidden contexts",
+            f"use env.contexts=[], or one of {having}",
+        )  # fmt: skip
+    for i, context in enumerate(contexts):
+        if context not in known:
+            near = nearest(context, known)
+            listed = f"one of {', '.join(known)}"
+            raise ConfigError(
+                f"env.contexts.{i}", context, f"no such context of {name}",
+                f"did you mean {near}? ({listed})" if near else listed,
+            )  # fmt: skip
+
+
+def _native(config: Config) -> None:
+    """CartPoleShift is stepped for all slots at once and takes no options of gymnasium's."""
+    env = config.env
+    given = {"pixels": env.pixels, "kwargs": env.kwargs, "action_repeat": env.action_repeat != 1}
+    for field, used in given.items():
+        if used:
+            raise ConfigError(
+                f"env.{field}", getattr(env, field), f"{env.id} does not take it",
+                "leave it out, or use CartPole-v1",
+            )  # fmt: skip
