@@ -1,6 +1,6 @@
 """Things that learn while they run: state in, state out, users axis first."""
 
 from nested import fast
-from nested.memory import DeltaMemory, GatedDeltaMemory, LinearState
+from nested.memory import DeltaMemory, GatedDeltaMemory, HebbMemory, LinearState
 
-__all__ = ["DeltaMemory", "GatedDeltaMemory", "LinearState", "fast"]
+__all__ = ["DeltaMemory", "GatedDeltaMemory", "HebbMemory", "LinearState", "fast"]

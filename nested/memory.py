@@ -1,47 +1,55 @@
 """Linear associative memories: a matrix for each user and head that learns while it runs.
 
 One step goes back to the initial weights where `reset` is set, writes a key-value pair by one
-rule, then reads with a query: three rules, one law for a step and a sequence. The weights a user
-starts from are a slow parameter (`start`), learned through the steps that follow it.
+rule, then reads with a query: one law for a step and a sequence. The weights a user starts from
+are a slow parameter, `start`. Under autocast the projections run in the low precision; the
+weights and what is written to them keep the precision of `start`.
 
-Shapes: B users, T time, H heads, D width of a head (keys and values alike), N = B * H.
+Shapes: B users, T time, H heads, D width of a head (keys and values alike).
 """
 
-from abc import abstractmethod
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nested import linear
 
 
 class LinearState(NamedTuple):
-    """Fast weights of a linear memory, and how wrong it was about the last pair it wrote."""
+    """Fast weights of a linear memory, and how wrong they were about the last pair written."""
 
     weights: Tensor  # (B, H, D, D), keys by values
-    surprise: Tensor  # (B,) squared error before the write, mean over heads and values; detached
+    error: Tensor  # (B, H, D), value minus recalled, before the write; no gradient
+
+    @property
+    def surprise(self) -> Tensor:
+        """Squared error before the last write, mean over heads and values: (B,)."""
+        return self.error.square().flatten(1).mean(1)
 
 
-class LinearMemory(nn.Module):
-    """What the linear memories share; the rule is what each of them adds."""
+class _Linear(nn.Module):
+    """What the linear memories share: the rules differ in `gates` and `erase`."""
 
-    gates: int  # scalars that the rule takes for each head
-
-    def __init__(self, dim_in: int, dim_out: int, dim: int = 32, heads: int = 1):
+    def __init__(self, dim_in: int, dim_out: int, dim: int, heads: int, gates: int, erase: int):
         super().__init__()
-        self.dim, self.heads = dim, heads
-        self.project = nn.Linear(dim_in, heads * (3 * dim + self.gates))
+        if min(dim_in, dim_out, dim, heads) < 1:
+            raise ValueError(f"sizes must be positive: {dim_in=}, {dim_out=}, {dim=}, {heads=}")
+        self.dim, self.heads, self.erase = dim, heads, erase
+        self.into = nn.Linear(dim_in, heads * (3 * dim + gates))
         self.out = nn.Linear(heads * dim, dim_out, bias=False)
         self.start = nn.Parameter(torch.zeros(heads, dim, dim))
-
-    @abstractmethod
-    def rule(self, z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z (N, 3 D + gates), weights (N, D, D) -> read (N, D), weights, error (N, D)."""
+        with torch.no_grad():  # what fades begins with a horizon of about 50 steps
+            self.into.bias.view(heads, -1)[:, 3 * dim + 1 :] = 4.0
 
     def initial(self, batch: int) -> LinearState:
         """The state of `batch` users that have written nothing."""
         weights = self.start.expand(batch, -1, -1, -1)
-        return LinearState(weights, self.start.new_zeros(batch))
+        return LinearState(weights, self.start.new_zeros(batch, self.heads, self.dim))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys, values and gates, raw: (..., dim_in) -> (..., H, P)."""
+        return self.into(x).unflatten(-1, (self.heads, -1))
 
     def forward(
         self, x: Tensor, state: LinearState, reset: Tensor | None = None
@@ -52,56 +60,50 @@ class LinearMemory(nn.Module):
     def step(
         self, z: Tensor, state: LinearState, reset: Tensor | None = None
     ) -> tuple[Tensor, LinearState]:
-        """`forward` from `z = project(x)`, which a caller that knows x early computes at once."""
-        weights = state.weights
-        if reset is not None:
-            weights = torch.where(reset[:, None, None, None], self.start, weights)
-        batch = len(z)
-        read, new, error = self.rule(
-            z.reshape(batch * self.heads, -1), weights.reshape(-1, self.dim, self.dim)
-        )
-        surprise = error.detach().square().view(batch, -1).mean(1)
-        return self.out(read.reshape(batch, -1)), LinearState(new.view_as(weights), surprise)
+        """`forward` from z = project(x), which is cheaper computed for all steps at once."""
+        z = z.to(self.start.dtype)
+        read, weights, error = linear.step(z, state.weights, self.start, reset, self.erase)
+        return self.out(read.flatten(1)), LinearState(weights, error)
 
     def read(self, x: Tensor, state: LinearState) -> Tensor:
-        """What the memory answers to x (B, dim_in) as it is, nothing written: (B, dim_out)."""
-        q = F.normalize(self.project(x).view(len(x), self.heads, 1, -1)[..., : self.dim], dim=-1)
+        """What the memory answers to x (B, dim_in), nothing written: (B, dim_out)."""
+        q = linear.parts(self.project(x).to(self.start.dtype), self.dim).qk[..., :1, :]
         return self.out((q @ state.weights).flatten(1))
 
-
-def _parts(z: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit query and key as one (N, 2, D), value (N, D), gates in (0, 1) (N, gates)."""
-    qk = F.normalize(z[:, : 2 * dim].unflatten(1, (2, dim)), dim=-1)
-    return qk, z[:, 2 * dim : 3 * dim], z[:, 3 * dim :].sigmoid()
-
-
-class DeltaMemory(LinearMemory):
-    """S' = S + b k (v - k S): what the key recalled is replaced (DeltaNet, 2102.11174)."""
-
-    gates = 1
-
-    def rule(self, z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qk, v, beta = _parts(z, self.dim)
-        q_read, k_read = torch.bmm(qk, weights).unbind(1)
-        q, k = qk.unbind(1)
-        error = v - k_read
-        write = beta * error
-        read = q_read + (q * k).sum(-1, keepdim=True) * write
-        return read, torch.baddbmm(weights, k.unsqueeze(2), write.unsqueeze(1)), error
+    def scan(
+        self, xs: Tensor, state: LinearState, resets: Tensor, chunk: int = 16
+    ) -> tuple[Tensor, LinearState]:
+        """All steps of xs (B, T, dim_in), resets (B, T): ys (B, T, dim_out), state."""
+        weights, error = state
+        p = linear.parts(self.project(xs).to(self.start.dtype).transpose(1, 2), self.dim)
+        reads: list[Tensor] = []
+        for t in range(0, xs.shape[1], chunk):
+            rows = linear.Parts(*(x[:, :, t : t + chunk] for x in p))
+            read, weights, errors = linear.chunk(
+                rows, weights, self.start, resets[:, t : t + chunk], self.erase
+            )
+            reads.append(read)
+            error = errors[:, :, -1].detach()
+        ys = self.out(torch.cat(reads, 2).transpose(1, 2).flatten(2))
+        return ys, LinearState(weights, error)
 
 
-class GatedDeltaMemory(LinearMemory):
+class HebbMemory(_Linear):
+    """S' = a S + b k v: pairs add up and fade (Schmidhuber 1992, with learned gates)."""
+
+    def __init__(self, dim_in: int, dim_out: int, dim: int = 32, heads: int = 1):
+        super().__init__(dim_in, dim_out, dim, heads, gates=2, erase=0)
+
+
+class DeltaMemory(_Linear):
+    """S' = S + b k (v - k S): what the key recalled is replaced (2102.11174, 2406.06484)."""
+
+    def __init__(self, dim_in: int, dim_out: int, dim: int = 32, heads: int = 1):
+        super().__init__(dim_in, dim_out, dim, heads, gates=1, erase=1)
+
+
+class GatedDeltaMemory(_Linear):
     """S' = a S + b k (v - a k S): the delta rule on a memory that fades (2412.06464)."""
 
-    gates = 2
-
-    def rule(self, z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qk, v, gates = _parts(z, self.dim)
-        beta, alpha = gates[:, :1], gates[:, 1:]
-        q_read, k_read = (alpha.unsqueeze(2) * torch.bmm(qk, weights)).unbind(1)
-        q, k = qk.unbind(1)
-        error = v - k_read
-        write = beta * error
-        read = q_read + (q * k).sum(-1, keepdim=True) * write
-        faded = alpha.unsqueeze(2) * weights
-        return read, torch.baddbmm(faded, k.unsqueeze(2), write.unsqueeze(1)), error
+    def __init__(self, dim_in: int, dim_out: int, dim: int = 32, heads: int = 1):
+        super().__init__(dim_in, dim_out, dim, heads, gates=2, erase=1)
