@@ -82,7 +82,7 @@ class GymEnvs(Envs):
             action = np.zeros((self.num, self.action_spec.dim), np.float32)
         return Row(
             obs=dict(observed["obs"]),
-            action=action * ~first[:, None],
+            action=np.where(first[:, None], np.float32(0), action),
             reward=flags[:, REWARD].astype(np.float32),
             first=first,
             terminal=flags[:, TERMINAL] > 0,

@@ -4,74 +4,138 @@ Families that need a wrapper or an optional package are opened here by their id;
 handed to gymnasium as it is.
 """
 
+import importlib
 import warnings
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import gymnasium
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.wrappers import AddRenderObservation
 
-from experiments.envs import cartpole
+from experiments.config.models import EnvConfig
+from experiments.envs import cartpole, crafter, minigrid
 from experiments.envs.adapter import GymEnvs
 from experiments.envs.rows import Envs
 from experiments.envs.slot import Slot
+from experiments.envs.spaces import Observations
 
-
-class EnvConfig(Protocol):
-    """What `make_envs` reads; the `env` part of the configuration has these fields."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def num(self) -> int: ...
-    @property
-    def workers(self) -> Literal["auto", "inprocess", "process"]: ...
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def pixels(self) -> bool: ...
-    @property
-    def kwargs(self) -> Any: ...
-    @property
-    def action_repeat(self) -> int: ...
-    @property
-    def time_limit(self) -> int: ...
+# Prefix of an id: the package that registers it, and the extra that installs it.
+FAMILIES = {
+    "MiniGrid-": ("minigrid", "minigrid"),
+    "BabyAI-": ("minigrid", "minigrid"),
+    "ALE/": ("ale_py", "atari"),
+    "crafter": ("crafter", "crafter"),
+}
 
 
 def make_envs(config: EnvConfig, num: int | None = None, seed: int = 0) -> Envs:
     """N slots of the configured environment; `num` replaces the configured number of slots."""
     num = config.num if num is None else num
     if config.id == cartpole.ID:
-        return cartpole.CartPoleShiftEnvs(num, seed, config.time_limit or cartpole.CAP)
-    make_slot = partial(
-        _make_slot,
-        seed,
-        config.image_size,
-        config.action_repeat,
-        (config.id, config.pixels, dict(config.kwargs), config.time_limit),
-    )
+        return _cartpole(config, num, seed)
+    opening = Opening(find(config.id), config.pixels, dict(config.kwargs), config.time_limit)
+    make_slot = partial(_make_slot, opening, seed, config.image_size, config.action_repeat)
     return GymEnvs(make_slot, num, config.workers, cap_of(config.id, config.time_limit))
-
-
-def _make_slot(seed: int, image_size: int, repeat: int, opening: tuple, slot: int) -> Slot:
-    return Slot(open_env(*opening), seed, slot, image_size, repeat)
 
 
 def open_env(
     name: str, pixels: bool = False, kwargs: dict[str, Any] | None = None, time_limit: int = 0
 ) -> gymnasium.Env:
-    """A single environment by id; `time_limit` counts its own steps, 0 keeps the registered one."""
-    options = dict(kwargs or {})
-    if time_limit:
-        options["max_episode_steps"] = time_limit
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # other people's deprecations, while they import and build
-        return gymnasium.make(name, **options)
+    """A single environment by id, as the slots see it."""
+    return Opening(find(name), pixels, kwargs or {}, time_limit)()
+
+
+def find(name: str) -> EnvSpec:
+    """The registered specification of an id, after importing the package that registers it.
+
+    Raises ModuleNotFoundError for a missing extra and gymnasium.error.Error for an unknown id.
+    """
+    for prefix, (package, extra) in FAMILIES.items():
+        if name.startswith(prefix):
+            try:
+                with quiet():
+                    importlib.import_module(package)
+            except ModuleNotFoundError as missing:
+                raise ModuleNotFoundError(
+                    f"environment {name!r} needs the package {missing.name!r}: "
+                    f"pip install 'nested-timescales[{extra}]'"
+                ) from missing
+    if name == "crafter":
+        return EnvSpec(name, entry_point=crafter.CrafterEnv)
+    module, _, rest = name.rpartition(":")  # gymnasium's "module:id" imports the module first
+    if module:
+        importlib.import_module(module)
+    return gymnasium.spec(rest)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Opens one environment, here or in a worker process, which knows no registered ids."""
+
+    spec: EnvSpec
+    pixels: bool = False
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    time_limit: int = 0  # in the environment's own steps; 0 keeps the registered one
+
+    def __call__(self) -> gymnasium.Env:
+        """The environment with its family's view."""
+        options = dict(self.kwargs)
+        if self.time_limit:
+            options["max_episode_steps"] = self.time_limit
+        if self.spec.id.startswith("ALE/"):
+            _hush_atari()
+        with quiet():
+            if self.spec.id.startswith(("MiniGrid-", "BabyAI-")):
+                return minigrid.view(self._make(options), self.pixels)
+            if self.pixels:
+                return _rendered(self._make({"render_mode": "rgb_array", **options}))
+            return self._make(options)
+
+    def _make(self, options: dict[str, Any]) -> gymnasium.Env:
+        return gymnasium.make(self.spec, disable_env_checker=True, **options)
+
+
+def quiet() -> warnings.catch_warnings:
+    """Silences other people's deprecations while their packages are imported and built."""
+    return warnings.catch_warnings(action="ignore")
 
 
 def cap_of(name: str, time_limit: int = 0) -> float | None:
     """The highest return of an episode, where it is known from the id."""
     if name.startswith("CartPole-v"):
-        return float(time_limit or gymnasium.spec(name).max_episode_steps or 0)
+        return float(time_limit or gymnasium.spec(name).max_episode_steps or np.inf)
     if name.startswith(("MiniGrid-", "BabyAI-")):
         return 1.0
-    return None
+    return crafter.CAP if name == "crafter" else None
+
+
+def _cartpole(config: EnvConfig, num: int, seed: int) -> Envs:
+    limit = config.time_limit or cartpole.CAP
+    if config.pixels or config.kwargs or config.action_repeat != 1:
+        raise ValueError(f"{cartpole.ID} takes no pixels, no kwargs and no action_repeat")
+    return cartpole.CartPoleShiftEnvs(num, seed, limit)
+
+
+def _make_slot(opening: Opening, seed: int, size: int, repeat: int, slot: int) -> Slot:
+    return Slot(opening(), seed, slot, size, repeat)
+
+
+def _rendered(env: gymnasium.Env) -> gymnasium.Env:
+    """The rendered image in place of observations that hold none."""
+    specs = Observations(env.observation_space, 1).spec.values()
+    if any(spec.kind == "image" for spec in specs):
+        return env
+    env.reset(seed=0)  # the wrapper asks for a rendering at once
+    return AddRenderObservation(env, render_only=True)
+
+
+def _hush_atari() -> None:
+    """The emulator greets on standard error, in every process."""
+    ale = importlib.import_module("ale_py")
+    ale.ALEInterface.setLoggerMode(ale.LoggerMode.Error)
+
+
+cartpole.register()

@@ -211,7 +211,7 @@ class CartPoleShiftEnvs(Envs):
         """Encoded actions (N, 2)."""
         check_action(action, self.num, self.action_spec)
         first = self._vector.over
-        taken = np.asarray(action, np.float32) * ~first[:, None]
+        taken = np.where(first[:, None], np.float32(0), np.asarray(action, np.float32))
         obs, reward, terminal, _, _ = self._vector.step(action[:, 1] > action[:, 0])
         return self._keep(obs, taken, reward, first, terminal)
 
@@ -261,7 +261,7 @@ def register() -> None:
     if ID not in gymnasium.registry:
         gymnasium.register(
             ID,
-            entry_point=CartPoleShiftEnv,
-            vector_entry_point=CartPoleShiftVectorEnv,
+            entry_point=f"{__name__}:CartPoleShiftEnv",
+            vector_entry_point=f"{__name__}:CartPoleShiftVectorEnv",
             max_episode_steps=CAP,
         )
