@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from timescales.clock import Counters, Every
+from timescales.foreach import Tensors, approach, average, copy_, difference, gradients, norm, zero_
 from timescales.level import Descend, Level, Pull, Rate, Relax, assign, describe_level
-from timescales.row import Row, Targets, approach, average, norm
+from timescales.row import Row
 
 Sources = Mapping[str, tuple[Mapping[str, Tensor], Tensor | None]]
 """Per-user tensors by source name: (parameter name -> (N, ...), weights (N,) or None)."""
@@ -174,14 +175,14 @@ class Timescales:
         if isinstance(flow, Descend):
             divisor = row.gathered if flow.reduce == "mean" else 1
             if measured:
-                gradient = norm([w.grad for w in row.weights if w.grad is not None]) / divisor
+                gradient = norm(gradients(row.weights)) / divisor
             row.step(divisor)
         elif outer and source is not None:
             gradient = row.step_pseudo_gradient(origin, source)
         return gradient
 
-    def _measure(self, row: Row, before: list[Tensor], gradient: Tensor | None) -> None:
-        moved = norm(torch._foreach_sub(row.weights, before))
+    def _measure(self, row: Row, before: Tensors, gradient: Tensor | None) -> None:
+        moved = norm(difference(row.weights, before))
         samples = max(1, row.gathered)
         row.measured = {"update_norm": moved, "displacement_per_sample": moved / samples}
         if gradient is not None:
@@ -195,14 +196,16 @@ class Timescales:
         for reset in due:
             targets = self._read(row, reset.to, given)
             if targets is None:
-                torch._foreach_zero_(row.weights)
+                zero_(row.weights)
             else:
-                torch._foreach_copy_(row.weights, targets)
+                copy_(row.weights, targets)
             if reset.clear_rule:
                 row.clear_rule()
         return bool(due)
 
-    def _term(self, row: Row, relax: Relax, given: _Given) -> tuple[Targets, float | list[Tensor]]:
+    def _term(
+        self, row: Row, relax: Relax, given: _Given
+    ) -> tuple[Tensors | None, float | Tensors]:
         return self._read(row, relax.to, given), self._rate(row, relax.rate, given)
 
     def _add_noise(self, row: Row) -> None:
@@ -213,7 +216,7 @@ class Timescales:
                 noise = torch.randn(w.shape, generator=g, device=device, dtype=w.dtype)
                 w.add_(noise.to(w.device), alpha=scale)
 
-    def _read(self, row: Row, name: str, given: _Given) -> Targets:
+    def _read(self, row: Row, name: str, given: _Given) -> Tensors | None:
         """The tensors called `name`, in the order of the level's own; None for zero."""
         if name == "zero":
             return None
@@ -229,7 +232,7 @@ class Timescales:
             )
         return _pick(self.weights(name), row, f"level {name!r}")
 
-    def _rate(self, row: Row, rate: Rate, given: _Given) -> float | list[Tensor]:
+    def _rate(self, row: Row, rate: Rate, given: _Given) -> float | Tensors:
         if isinstance(rate, str):
             if rate not in given.rates:
                 raise KeyError(
@@ -299,7 +302,7 @@ def _twin(generator: torch.Generator | None) -> torch.Generator | None:
     return twin
 
 
-def _pick(named: Mapping[str, Tensor], row: Row, what: str) -> list[Tensor]:
+def _pick(named: Mapping[str, Tensor], row: Row, what: str) -> Tensors:
     if missing := [name for name in row.names if name not in named]:
         raise ValueError(
             f"{what} lacks {len(missing)} parameters of level {row.level.name!r}: {missing[:12]}"

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from timescales.foreach import difference, div_, gradients, norm
 from timescales.level import Descend, Level, Pull, Rule
-
-Targets = list[Tensor] | None
-"""What a level moves toward, tensor by tensor; None is zero."""
 
 
 class Row:
@@ -58,17 +56,17 @@ class Row:
             # The hook that torch.amp.GradScaler uses: the kernel divides as it reads.
             optimizer.grad_scale = self._scale(divisor)  # pyright: ignore[reportAttributeAccessIssue]
         elif divisor > 1:
-            torch._foreach_div_([w.grad for w in self.weights if w.grad is not None], divisor)
+            div_(gradients(self.weights), divisor)
         optimizer.step()
 
     def step_pseudo_gradient(self, origin: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:
         """An outer step on `origin - source`; returns that gradient's norm."""
-        gradients = torch._foreach_sub(list(origin), list(source))
-        for weight, gradient in zip(self.weights, gradients, strict=True):
+        pseudo = difference(origin, source)
+        for weight, gradient in zip(self.weights, pseudo, strict=True):
             weight.grad = gradient
         self.step(1)
         self.drop_gradients()
-        return norm(gradients)
+        return norm(pseudo)
 
     def clear_rule(self) -> None:
         """Forget the optimizer's state, as if it had made no step."""
@@ -138,44 +136,6 @@ def _rule(level: Level) -> Rule | None:
             return outer
         case None:
             return None
-
-
-def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of all entries of all tensors, on their device."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
-
-
-def approach(weights: list[Tensor], terms: Sequence[tuple[Targets, float | list[Tensor]]]) -> None:
-    """Move `weights` by the sum of `rate * (target - weight)`, all at their old values."""
-    if len(terms) == 1:
-        _approach_one(weights, *terms[0])
-        return
-    moves = [_toward(weights, targets, rate) for targets, rate in terms]
-    for move in moves:
-        torch._foreach_add_(weights, move)
-
-
-def _approach_one(weights: list[Tensor], targets: Targets, rate: float | list[Tensor]) -> None:
-    if targets is None or isinstance(rate, list):
-        torch._foreach_add_(weights, _toward(weights, targets, rate))
-    else:
-        torch._foreach_lerp_(weights, targets, rate)
-
-
-def _toward(weights: list[Tensor], targets: Targets, rate: float | list[Tensor]) -> list[Tensor]:
-    if targets is None:
-        way = torch._foreach_neg(weights)
-    else:
-        way = torch._foreach_sub(targets, weights)
-    return list(torch._foreach_mul(list(way), rate))
-
-
-def average(stacked: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean over the users axis (the first) of (N, ...), by weight (N,) if given."""
-    if weights is None:
-        return stacked.mean(0)
-    share = (weights / weights.sum()).to(stacked)
-    return torch.tensordot(share, stacked, dims=1)
 
 
 def _like(weight: Tensor, saved: Tensor) -> Tensor:

@@ -1,0 +1,111 @@
+"""Lists of tensors at once: the arithmetic of flows, with one call for a whole level.
+
+torch keeps its list kernels behind an underscore, though torch.optim is built on them; they are
+named here once, so that nothing else in the package reaches into torch's private names.
+"""
+
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+fused_adamw_ = torch._fused_adamw_
+add_ = torch._foreach_add_
+addcmul_ = torch._foreach_addcmul_
+copy_ = torch._foreach_copy_
+div_ = torch._foreach_div_
+lerp_ = torch._foreach_lerp_
+mul_ = torch._foreach_mul_
+zero_ = torch._foreach_zero_
+
+Tensors = list[Tensor]
+
+
+def difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensors:
+    """`left - right`."""
+    return list(torch._foreach_sub(list(left), list(right)))
+
+
+def product(tensors: Tensors, factors: float | Sequence[Tensor]) -> Tensors:
+    """`tensors * factors`; the factors are one number or tensors that broadcast."""
+    if isinstance(factors, Sequence):
+        return list(torch._foreach_mul(tensors, list(factors)))
+    return list(torch._foreach_mul(tensors, factors))
+
+
+def normalised(tensors: Tensors, squares: Tensors, correction: float, eps: float) -> Tensors:
+    """`tensors / (sqrt(squares / correction) + eps)`."""
+    roots = list(torch._foreach_sqrt(squares))
+    div_(roots, correction**0.5)
+    add_(roots, eps)
+    return list(torch._foreach_div(tensors, roots))
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of each tensor, (len(tensors),), on their device."""
+    return torch.stack(list(torch._foreach_norm(list(tensors))))
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of all entries of all tensors, on their device."""
+    return norms(tensors).square().sum().sqrt()
+
+
+def approach(weights: Tensors, terms: Sequence[tuple[Tensors | None, float | Tensors]]) -> None:
+    """Move `weights` by the sum of `rate * (target - weight)`, all taken at their old values.
+
+    A target of None is zero; a rate is a number or tensors shaped as the weights.
+    """
+    if len(terms) == 1:
+        targets, rate = terms[0]
+        if targets is not None and not isinstance(rate, list):
+            lerp_(weights, targets, rate)  # the common case in one pass: an average
+            return
+    moves = [_toward(weights, targets, rate) for targets, rate in terms]
+    for move in moves:
+        add_(weights, move)
+
+
+def _toward(weights: Tensors, targets: Tensors | None, rate: float | Tensors) -> Tensors:
+    if targets is not None:
+        return product(difference(targets, weights), rate)
+    return product(product(weights, -1.0), rate)
+
+
+def average(stacked: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean over the users axis (the first) of (N, ...), by weight (N,) if given."""
+    if weights is None:
+        return stacked.mean(0)
+    share = (weights / weights.sum()).to(stacked)
+    return (share @ stacked.flatten(1)).view(stacked.shape[1:])
+
+
+def slots(state: dict[Tensor, Any], params: Iterable[Tensor], key: str) -> Tensors:
+    """An optimizer's state tensors called `key`, zeros at first."""
+    found: Tensors = []
+    for p in params:
+        if key not in state[p]:
+            state[p][key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        found.append(state[p][key])
+    return found
+
+
+def by_step(state: dict[Tensor, Any], params: Iterable[Tensor]) -> dict[int, Tensors]:
+    """Parameters that have a gradient, by the number of this step of theirs (1 is the first).
+
+    Counts are kept on the host: a bias correction never waits for the device.
+    """
+    found: dict[int, Tensors] = {}
+    for p in params:
+        if p.grad is not None:
+            step = state[p]["step"] = state[p].get("step", 0) + 1
+            found.setdefault(step, []).append(p)
+    return found
+
+
+def gradients(params: Iterable[Tensor]) -> Tensors:
+    """The gradients of those parameters that have one."""
+    return [p.grad for p in params if p.grad is not None]
