@@ -88,17 +88,18 @@ class Replay:
     def state_dict(self) -> dict[str, Any]:
         """Cursors, generator and the unfinished chunks; the stored ones are in the journal."""
         return {
+            "shape": self._shape(),
             "seen": self.seen,
             "cursor": self._cursor,
-            "logged": self._logged,
             "rng": self._rng.bit_generator.state,
             "partial": {name: value.copy() for name, value in self._partial.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a `state_dict`; the stored chunks come through `restore`."""
+        if state["shape"] != self._shape():
+            raise ValueError(f"state of a replay with {state['shape']} loaded into {self._shape()}")
         self.seen, self._cursor = int(state["seen"]), int(state["cursor"])
-        self._logged = int(state["logged"])
         self._rng.bit_generator.state = state["rng"]
         self._partial = {name: value.copy() for name, value in state["partial"].items()}
 
@@ -124,6 +125,10 @@ class Replay:
             for name, value in columns.items():
                 self._store[name][journal["place"]] = value
         self._changed.clear()
+        self._logged = sum(len(journal["place"]) for journal in journals)
+
+    def _shape(self) -> dict[str, Any]:
+        return {"kind": self.kind, "chunks": self.chunks, "length": self.length}
 
     def _open(self, row: Row, carry: Arrays) -> None:
         columns = _columns(row)

@@ -136,6 +136,3 @@ def _hush_atari() -> None:
     """The emulator greets on standard error, in every process."""
     ale = importlib.import_module("ale_py")
     ale.ALEInterface.setLoggerMode(ale.LoggerMode.Error)
-
-
-cartpole.register()

@@ -256,12 +256,10 @@ class CartPoleShiftEnvs(Envs):
         """Nothing to free."""
 
 
-def register() -> None:
-    """Makes the id known to gymnasium's `make` and `make_vec`."""
-    if ID not in gymnasium.registry:
-        gymnasium.register(
-            ID,
-            entry_point=f"{__name__}:CartPoleShiftEnv",
-            vector_entry_point=f"{__name__}:CartPoleShiftVectorEnv",
-            max_episode_steps=CAP,
-        )
+if ID not in gymnasium.registry:
+    gymnasium.register(
+        ID,
+        entry_point=f"{__name__}:CartPoleShiftEnv",
+        vector_entry_point=f"{__name__}:CartPoleShiftVectorEnv",
+        max_episode_steps=CAP,
+    )

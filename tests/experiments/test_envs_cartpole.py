@@ -9,6 +9,7 @@ from gymnasium.utils.env_checker import check_env
 
 from experiments.envs.cartpole import CONTEXTS, ID, START, CartPoleShiftEnvs, start_states
 from experiments.envs.cartpole import CartPoleShiftVectorEnv as VectorEnv
+from experiments.envs.known import OWN
 
 NAMES = list(CONTEXTS)
 
@@ -138,6 +139,10 @@ def test_continues_bit_for_bit(past: int):
             np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
     with pytest.raises(ValueError, match="5 slots loaded into 6"):
         CartPoleShiftEnvs(6).load_state_dict(state)
+
+
+def test_the_configuration_knows_the_contexts():
+    assert OWN[ID] == tuple(CONTEXTS)
 
 
 def test_registered_with_gymnasium():

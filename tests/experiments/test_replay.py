@@ -1,0 +1,205 @@
+"""Replay: what is kept, where carries come from, uniform draws, no aliases, exact continuation."""
+
+import json
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.data.replay import Arrays, Replay
+from experiments.envs.adapter import GymEnvs
+from experiments.envs.rows import Row
+from tests.fakes import telltale_slot, told_seed
+
+SLOTS, LENGTH = 3, 4
+KINDS = ("fifo", "reservoir")
+
+
+def row(time: int) -> Row:
+    """A row that tells its time and slot in every column."""
+    told = time * 10 + np.arange(SLOTS)
+    image = (
+        np.zeros((SLOTS, 2, 2, 1), np.uint8) + (told % 256).astype(np.uint8)[:, None, None, None]
+    )
+    flag = np.full(SLOTS, time % 7 == 0)
+    return Row(
+        obs={"image": image, "told": told[:, None].astype(np.float32)},
+        action=np.stack([told, -told], 1).astype(np.float32),
+        reward=told.astype(np.float32),
+        first=flag,
+        terminal=~flag,
+        last=~flag,
+        user=np.arange(SLOTS) + 100,
+    )
+
+
+def carry(time: int) -> Arrays:
+    return {"latent.deter": (time * 10 + np.arange(SLOTS, dtype=np.float64))[:, None] + 0.5}
+
+
+def fill(replay: Replay, start: int, stop: int) -> Replay:
+    for time in range(start, stop):
+        replay.add(row(time), partial(carry, time))
+    return replay
+
+
+def contents(replay: Replay) -> np.ndarray:
+    """What the first row of each stored chunk tells, by place."""
+    return replay._store["reward"][: len(replay), 0]
+
+
+def through_json(state: Any) -> Any:
+    """What a checkpoint does: arrays stay, everything else passes through JSON."""
+    if isinstance(state, dict):
+        return {key: through_json(value) for key, value in state.items()}
+    return state if isinstance(state, np.ndarray) else json.loads(json.dumps(state))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chunk_is_one_slot_in_order_with_the_carry_before_it(kind: Any):
+    replay = fill(Replay(kind, 40, LENGTH), 0, 90)
+    rows, carries = replay.sample(200)
+    told = rows["reward"]
+    np.testing.assert_array_equal(np.diff(told, axis=1), np.full((200, LENGTH - 1), 10))
+    np.testing.assert_array_equal(told[:, 0] // 10 % LENGTH, 0)
+    np.testing.assert_array_equal(carries["latent.deter"][:, 0], told[:, 0] + 0.5)
+    np.testing.assert_array_equal(rows["obs.told"][..., 0], told)
+    np.testing.assert_array_equal(rows["obs.image"][..., 0, 0, 0], told % 256)
+    np.testing.assert_array_equal(rows["action"], np.stack([told, -told], -1))
+    np.testing.assert_array_equal(rows["user"], told % 10 + 100)
+    np.testing.assert_array_equal(rows["first"], told // 10 % 7 == 0)
+    np.testing.assert_array_equal(rows["terminal"], told // 10 % 7 != 0)
+    assert rows["obs.image"].dtype == np.uint8 and carries["latent.deter"].dtype == np.float64
+
+
+def test_the_carry_is_read_at_chunk_starts_only():
+    asked: list[int] = []
+    replay = Replay("fifo", 100, LENGTH)
+    for time in range(10):
+        replay.add(row(time), lambda time=time: asked.append(time) or carry(time))
+    assert asked == [0, 4, 8]
+
+
+def test_counts_and_readiness():
+    replay = Replay("fifo", 50, LENGTH)  # 12 chunks of 4 rows
+    assert (len(fill(replay, 0, 3)), replay.frames, replay.ready(1)) == (0, 0, False)
+    assert (len(fill(replay, 3, 4)), replay.frames) == (3, 12)
+    assert replay.ready(3) and not replay.ready(4)
+    assert len(fill(replay, 4, 40)) == 12
+    assert replay.ready(1000), "a full replay is ready for any batch"
+
+
+def test_fifo_keeps_the_newest():
+    replay = fill(Replay("fifo", 50, LENGTH), 0, 41)
+    assert set(contents(replay) // 10) == {24, 28, 32, 36}
+
+
+def test_reservoir_keeps_every_chunk_with_equal_probability():
+    kept = np.zeros(30)
+    for seed in range(150):
+        replay = fill(Replay("reservoir", 40, LENGTH, seed), 0, 40)  # 10 of 30 chunks
+        index = contents(replay) // 40 * SLOTS + contents(replay) % 10
+        assert len(set(index)) == 10
+        kept[index.astype(int)] += 1
+    expected = 150 * 10 / 30
+    assert np.abs(kept - expected).max() < 4.5 * np.sqrt(expected * (2 / 3))
+    assert abs(kept[:10].mean() - expected) < 5, "the first chunks fare no better than others"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_are_uniform_over_chunks(kind: Any):
+    replay = fill(Replay(kind, 40, LENGTH), 0, 60)
+    drawn = replay.sample(20_000)[0]["reward"][:, 0]
+    counts = np.array([np.sum(drawn == told) for told in contents(replay)])
+    assert counts.sum() == 20_000 and np.abs(counts - 2000).max() < 4.5 * np.sqrt(1800)
+
+
+def test_batches_alternate_between_two_sets_of_buffers_and_never_alias_the_store():
+    replay = fill(Replay("fifo", 40, LENGTH), 0, 40)
+    first = replay.sample(5)[0]["reward"]
+    kept = first.copy()
+    second = replay.sample(5)[0]["reward"]
+    np.testing.assert_array_equal(first, kept)
+    assert not np.shares_memory(first, second)
+    assert replay.sample(5)[0]["reward"] is first
+    stored = {name: value.copy() for name, value in replay._store.items()}
+    for arrays in replay.sample(5):
+        for value in arrays.values():
+            value[...] = 0
+    for name, value in replay._store.items():
+        np.testing.assert_array_equal(value, stored[name])
+    assert len(replay.sample(7)[0]["reward"]) == 7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stop", [2, 4, 19, 30, 41, 66])
+def test_restart_is_exact_in_the_middle_of_a_chunk(kind: Any, stop: int):
+    replay, log = Replay(kind, 50, LENGTH, seed=5), []
+    for time in range(stop):
+        fill(replay, time, time + 1)
+        if time % 9 == 8 or time == stop - 1:
+            arrays, compact = replay.journal()
+            log = ([] if compact else log) + ([] if arrays is None else [arrays])
+    state = through_json(replay.state_dict())
+    again = Replay(kind, 50, LENGTH, seed=99)
+    again.restore(log)
+    again.load_state_dict(state)
+    for time in range(stop, stop + 30):
+        for one in (replay, again):
+            fill(one, time, time + 1)
+        if replay.ready(1):
+            for ours, theirs in zip(again.sample(6), replay.sample(6), strict=True):
+                assert ours.keys() == theirs.keys()
+                for name, value in ours.items():
+                    np.testing.assert_array_equal(value, theirs[name], name)
+        if time % 5 == 0:
+            ours, theirs = again.journal(), replay.journal()
+            assert ours[1] == theirs[1] and (ours[0] is None) == (theirs[0] is None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_log_is_compacted_beyond_twice_the_capacity(kind: Any):
+    replay, log, compactions = Replay(kind, 50, LENGTH), [], 0
+    assert replay.journal() == (None, False)
+    for time in range(0, 600, LENGTH):
+        fill(replay, time, time + LENGTH)
+        arrays, compact = replay.journal()
+        log = ([] if compact else log) + ([] if arrays is None else [arrays])
+        compactions += compact
+        assert sum(len(part["place"]) for part in log) <= 2 * 12
+        again = Replay(kind, 50, LENGTH)
+        again.restore(log)
+        again.seen = replay.seen
+        np.testing.assert_array_equal(contents(again), contents(replay))
+    assert compactions >= 2
+    assert replay.journal() == (None, False)
+
+
+def test_real_rows_stay_aligned_across_episodes():
+    envs, rng = GymEnvs(partial(telltale_slot, 0), SLOTS, "inprocess"), np.random.default_rng(0)
+    replay, now = Replay("fifo", 200, 16), envs.reset()
+    for _ in range(100):
+        replay.add(now, {})
+        now = envs.step(envs.random_action(rng))
+    rows, carries = replay.sample(50)
+    assert carries == {} and rows["first"][:, 1:].any()
+    time, first = rows["obs.time"][..., 0], rows["first"]
+    np.testing.assert_array_equal(time[:, 1:], np.where(first[:, 1:], 0, time[:, :-1] + 1))
+    given = np.where(first, 0, rows["action"].argmax(-1) + 1)
+    np.testing.assert_array_equal(rows["obs.action"][..., 0], given)
+    seeds = told_seed({"seed": rows["obs.seed"]})
+    np.testing.assert_array_equal(seeds[:, 1:] != seeds[:, :-1], first[:, 1:])
+    np.testing.assert_array_equal(rows["user"], rows["user"][:, :1].repeat(16, 1))
+
+
+def test_mistakes_name_the_thing():
+    with pytest.raises(ValueError, match="'lifo' is unknown"):
+        Replay("lifo", 10, 2)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="3 frames can not hold a chunk of 4"):
+        Replay("fifo", 3, 4)
+    with pytest.raises(RuntimeError, match="replay is empty"):
+        Replay("fifo", 10, 2).sample(1)
+    state = Replay("fifo", 10, 2).state_dict()
+    with pytest.raises(ValueError, match="'length': 2"):
+        Replay("fifo", 10, 5).load_state_dict(state)
