@@ -5,7 +5,9 @@ and a training process never pays for the tracking library.
 """
 
 from experiments.record.checkpoint import CheckpointError, Checkpoints, Loaded
+from experiments.record.report import report
 from experiments.record.run import Run, RunError, RunStatus, runs
+from experiments.record.tracking import Uploader, start_uploader, sync
 
 __all__ = [
     "CheckpointError",
@@ -14,5 +16,9 @@ __all__ = [
     "Run",
     "RunError",
     "RunStatus",
+    "Uploader",
+    "report",
     "runs",
+    "start_uploader",
+    "sync",
 ]

@@ -40,6 +40,16 @@ def positive(line: Line) -> Line:
     return line._replace(x=[x for x, _ in kept], y=[y for _, y in kept])
 
 
+def merge_equal(lines: Sequence[Line]) -> list[Line]:
+    """One curve for those that coincide, such as the two halves of a KL, under both names."""
+    merged: dict[tuple[tuple[float, ...], tuple[float, ...]], Line] = {}
+    for line in lines:
+        key = (tuple(line.x), tuple(line.y))
+        other = merged.get(key)
+        merged[key] = line._replace(name=f"{other.name} = {line.name}") if other else line
+    return list(merged.values())
+
+
 def smooth(values: Sequence[float], reach: int | None = None) -> list[float]:
     """Medians over a window that ends at each point and grows with the curve's length."""
     reach = reach or max(1, len(values) // 25)

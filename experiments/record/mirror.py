@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from experiments.record.levels import LevelRow, level_rows, schedule_text
 from experiments.record.metrics import Row, parse, read
 from experiments.record.run import ENDS, Run, read_config, read_json, write_json
 
@@ -197,30 +198,27 @@ def unsent(rows: Iterable[Row], marks: Mapping[str, int]) -> Iterator[Value]:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and text within MLflow's limits; lists stay whole, as JSON."""
+    """Dotted keys and text within MLflow's limits; what is empty is left out, lists stay whole."""
     for key, value in config.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             yield from flatten(value, name + ".")
-        elif len(name) <= KEY:
-            text = json.dumps(value) if isinstance(value, list | dict | bool) else str(value)
+        elif value not in (None, []) and len(name) <= KEY:
+            text = json.dumps(value) if isinstance(value, list | bool) else str(value)
             yield clean(name), text[:VALUE]
 
 
 def describe(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """A run's tags: where it comes from, and the table of its levels as its description."""
-    info = Run.open(path).info
-    schedule = config.get("timescales") or {}
-    rows = _levels(path)
-    levels = [str(row.get("name")) for row in rows] or [*(schedule.get("levels") or {})]
+    info, rows = Run.open(path).info, level_rows(path, config)
     tags = {
         "mlflow.source.name": "nested train",
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": info.get("revision"),
         "mlflow.note.content": _markdown(rows),
         "env": (config.get("env") or {}).get("id"),
-        "schedule": schedule.get("kind"),
-        "levels": ", ".join(levels),
+        "schedule": schedule_text(rows),
+        "levels": ", ".join(row.name for row in rows),
         "seed": info.get("seed"),
         "resumes": info.get("resumes", 0),
         "folder": path.resolve(),
@@ -233,20 +231,14 @@ def clean(name: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)[:KEY]
 
 
-def _levels(path: Path) -> list[dict[str, Any]]:
-    if not (path / "levels.json").exists():
-        return []
-    return [row for row in read_json(path / "levels.json").get("levels", []) if row]
-
-
-def _markdown(rows: list[dict[str, Any]]) -> str:
+def _markdown(rows: list[LevelRow]) -> str:
+    """The level table, for the run's page."""
     if not rows:
         return ""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys)]
+    lines = ["| level | moves | share of the parameters |", "| --- | --- | --- |"]
     for row in rows:
-        cells = (str(row.get(key, "")).replace("|", "\\|") for key in keys)
-        lines.append("| " + " | ".join(cells) + " |")
+        share = "" if row.share is None else f"{row.share:.1%}"
+        lines.append(f"| {row.name} | {row.every} | {share}{' (a copy)' * row.copy} |")
     return "\n".join(lines)
 
 

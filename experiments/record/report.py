@@ -17,6 +17,7 @@ from experiments.record.curves import (
     Line,
     duration,
     label_ends,
+    merge_equal,
     phase_means,
     positive,
     series,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 AGENT_LOSSES = ("policy", "value", "repvalue")
 LAST = 3  # evaluations behind a score in the title
 ZOOM = 256  # updates in the raster, at most
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -98,7 +99,7 @@ def draw(facts: Facts) -> "Figure":
     grid = figure.add_gridspec(3, 1, height_ratios=(1.3, 1, 1))
     grid.update(left=0.055, right=0.925, top=0.865, bottom=0.05, hspace=0.38)
     losses = grid[1].subgridspec(1, 2, wspace=0.3)
-    levels = grid[2].subgridspec(1, 3, wspace=0.42, width_ratios=(1.15, 1, 1))
+    levels = grid[2].subgridspec(1, 3, wspace=0.52, width_ratios=(1.1, 1, 1))
     draw_title(figure, facts)
     draw_returns(figure.add_subplot(grid[0]), facts)
     draw_losses(figure.add_subplot(losses[0]), facts, "world model")
@@ -145,13 +146,13 @@ def draw_returns(axes: "Axes", facts: Facts) -> None:
         Line(name, *series(facts.rows, f"eval/{name}/return"), PALETTE[i % len(PALETTE)])
         for i, name in enumerate(contexts(facts))
     ]
+    axes.plot(train.x, train.y, color=FAINT, linewidth=0.9, alpha=0.75)
+    for line in lines:
+        axes.plot(line.x, line.y, color=line.colour, linewidth=2.1, marker="o", markersize=3.6)
     cap = find_cap(facts)
     if cap is not None:
         axes.axhline(cap, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
         lines.append(Line(f"cap {cap:g}", [0.0], [cap], INK))
-    axes.plot(train.x, train.y, color=FAINT, linewidth=0.9, alpha=0.75)
-    for line in lines:
-        axes.plot(line.x, line.y, color=line.colour, linewidth=2.1, marker="o", markersize=3.6)
     axes.margins(y=0.07)
     label_ends(axes, [*lines, train._replace(y=smooth(train.y))])
     episodes = (facts.config.get("evaluate") or {}).get("episodes")
@@ -168,10 +169,8 @@ def draw_losses(axes: "Axes", facts: Facts, whose: str) -> None:
     """Losses of the agent or of the world model; linear about 0 where some are negative."""
     names = sorted({name for row in facts.rows for name in row.metrics if name[:5] == "loss/"})
     chosen = [name for name in names if (name[5:] in AGENT_LOSSES) == (whose == "agent")]
-    lines = [
-        Line(name[5:], *series(facts.rows, name), PALETTE[i % len(PALETTE)])
-        for i, name in enumerate(chosen)
-    ]
+    lines = merge_equal([Line(name[5:], *series(facts.rows, name), INK) for name in chosen])
+    lines = [line._replace(colour=PALETTE[i % len(PALETTE)]) for i, line in enumerate(lines)]
     values = [y for line in lines for y in line.y]
     signed = min(values, default=1.0) < 0
     if signed:
@@ -195,12 +194,12 @@ def draw_raster(axes: "Axes", facts: Facts) -> None:
     for i, level in enumerate(levels):
         moves = [count for count in level.moves if count <= window]
         width = 140 / max(70, window)
-        axes.vlines(moves, -i - 0.3, -i + 0.3, colors=[colours[level.name]], linewidths=width)
-    rows = [-float(i) for i in range(len(levels))]
-    axes.set_yticks(rows, [f"{level.name}\n{level.every}" for level in levels], fontsize=8.5)
-    axes.set_ylim(-len(levels) + 0.4, 0.6)
+        axes.vlines(moves, -i - 0.26, -i + 0.26, colors=[colours[level.name]], linewidths=width)
+        text = f"{level.name}, {level.every}"
+        axes.text(0, -i + 0.36, text, color=colours[level.name], va="bottom", fontsize=9)
+    axes.set_yticks([])
+    axes.set_ylim(-len(levels) + 0.55, 0.75)
     axes.set_xlim(0, window + 1)
-    axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_title("When each level moves")
     axes.set_xlabel(f"update (the first {window})")

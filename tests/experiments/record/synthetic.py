@@ -53,7 +53,7 @@ def make_run(root: Path, frames: int = 24000, every: int = 250, state: str = "fi
 
 def skill(step: int, frames: int) -> dict[str, float]:
     """Score in each context: learning, forgetting, savings."""
-    phase, within = divmod(3 * step / frames, 1.0)
+    phase, within = divmod(3 * (step - 1) / frames, 1.0)
     rise, fall = 1 / (1 + math.exp(-14 * (within - 0.4))), math.exp(-5 * within)
     again = 1 / (1 + math.exp(-18 * (within - 0.15)))
     normal = [0.1 + 0.85 * rise, 0.15 + 0.8 * fall, 0.15 + 0.8 * again]
@@ -71,7 +71,7 @@ def eval_metrics(step: int, frames: int, random: Random) -> dict[str, float]:
 
 
 def train_metrics(step: int, frames: int, random: Random) -> dict[str, float]:
-    phase = min(2, 3 * step // frames)
+    phase = min(2, 3 * (step - 1) // frames)
     now = skill(step, frames)[["normal", "flipped", "normal"][phase]]
     age = step / frames
     noise = {key: math.exp(random.gauss(0, 0.12)) for key in ("a", "b", "c", "d", "e", "f")}
