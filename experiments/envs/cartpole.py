@@ -65,19 +65,30 @@ def advance(state: np.ndarray, force: np.ndarray, half: np.ndarray, gravity: np.
     return state + TAU * rates
 
 
-def start_states(seed: int, slots: np.ndarray, episodes: np.ndarray) -> np.ndarray:
-    """Start states (4, n) float64 as a hash (splitmix64) of seed, slot and episode."""
-    key = _mix(_mix(_mix(np.uint64(seed) + np.zeros_like(slots)) + slots) + episodes)
-    bits = _mix(key + np.arange(1, 5, dtype=np.uint64)[:, None] * np.uint64(0xD1B54A32D192ED03))
-    return ((bits >> np.uint64(11)) * 2.0**-53 * 2 - 1) * START
+def slot_keys(seed: int, num: int) -> np.ndarray:
+    """Keys (num,) uint64 of the slots, a hash of seed and slot."""
+    return _mix(_mix(np.full(num, seed, np.uint64)) + np.arange(num, dtype=np.uint64))
+
+
+def start_states(keys: np.ndarray, episodes: np.ndarray) -> np.ndarray:
+    """Start states (4, n) float64, a hash of slot keys and episodes, both (n,) uint64."""
+    bits = _mix(_mix(keys + episodes) + _DIMENSIONS)
+    return (bits >> _11) * (2.0**-52 * START) - START
+
+
+_11, _27, _30, _31 = np.array([11, 27, 30, 31], np.uint64)
+_STEP, _FIRST, _SECOND = np.array(
+    [0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64
+)
+_DIMENSIONS = np.arange(1, 5, dtype=np.uint64)[:, None] * np.uint64(0xD1B54A32D192ED03)
 
 
 def _mix(key: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014) on uint64 arrays."""
-    key = key + np.uint64(0x9E3779B97F4A7C15)
-    key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return key ^ (key >> np.uint64(31))
+    """One output of splitmix64 (Steele et al. 2014) for each uint64 key."""
+    key = key + _STEP
+    key = (key ^ (key >> _30)) * _FIRST
+    key = (key ^ (key >> _27)) * _SECOND
+    return key ^ (key >> _31)
 
 
 def context_indices(context: str | Sequence[str], num: int) -> np.ndarray:
@@ -109,7 +120,7 @@ class CartPoleShiftVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.limit = max_episode_steps
         self.seed: int | None = None
-        self.slots = np.arange(num_envs, dtype=np.uint64)
+        self.keys = np.zeros(num_envs, np.uint64)
         self.episodes = np.zeros(num_envs, np.uint64)
         self.state = np.zeros((4, num_envs))
         self.steps = np.zeros(num_envs, np.int64)
@@ -123,26 +134,32 @@ class CartPoleShiftVectorEnv(VectorEnv):
     def load_context(self, context: np.ndarray) -> None:
         """Contexts by index (N,) into NAMES."""
         self.context = context
-        self.sign, self.half, self.gravity = np.ascontiguousarray(TABLE[context].T)
+        sign, self.half, self.gravity = np.ascontiguousarray(TABLE[context].T)
+        self.right, self.left = FORCE * sign, -FORCE * sign
+
+    def load_seed(self, seed: int) -> None:
+        """The seed of all start states from the next one on."""
+        self.seed, self.keys = seed, slot_keys(seed, self.num_envs)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         """Observations (N, 4) float32 of new episodes in all slots, and an empty info."""
         if seed is not None or self.seed is None:
-            self.seed = int(self.np_random.integers(2**31)) if seed is None else seed
+            self.load_seed(int(self.np_random.integers(2**31)) if seed is None else seed)
             self.episodes[:] = 0
         else:
             self.episodes += np.uint64(1)
         if options and options.get("context") is not None:
             self.set_context(options["context"])
-        self.state = start_states(self.seed, self.slots, self.episodes)
+        self.state = start_states(self.keys, self.episodes)
         self.steps[:] = 0
         self.over = np.zeros(self.num_envs, bool)
         return self.observe(), {}
 
     def step(self, actions: np.ndarray):
         """Advances all slots; those that ended start a new episode instead, with reward zero."""
+        assert self.seed is not None, "call reset before step"
         restart = self.over
-        force = np.where(actions, FORCE, -FORCE) * self.sign
+        force = np.where(actions, self.right, self.left)
         self.state = advance(self.state, force, self.half, self.gravity)
         self.steps += 1
         if restart.any():
@@ -158,10 +175,9 @@ class CartPoleShiftVectorEnv(VectorEnv):
         return self.state.T.astype(np.float32, order="C")
 
     def _restart(self, ended: np.ndarray) -> None:
-        assert self.seed is not None, "call reset before step"
         self.episodes[ended] += np.uint64(1)
         self.steps[ended] = 0
-        self.state[:, ended] = start_states(self.seed, self.slots[ended], self.episodes[ended])
+        self.state[:, ended] = start_states(self.keys[ended], self.episodes[ended])
 
 
 class CartPoleShiftEnv(gymnasium.Env):
@@ -244,7 +260,7 @@ class CartPoleShiftEnvs(Envs):
         vector = self._vector
         if state["state"].shape != (4, self.num):
             raise ValueError(f"state of {state['state'].shape[1]} slots loaded into {self.num}")
-        vector.seed = int(state["seed"])
+        vector.load_seed(int(state["seed"]))
         vector.state, vector.steps = state["state"].copy(), state["steps"].copy()
         vector.episodes = state["episodes"].astype(np.uint64)
         vector.over = state["last"].copy()

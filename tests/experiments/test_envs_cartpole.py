@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from experiments.envs.cartpole import CONTEXTS, ID, START, CartPoleShiftEnvs, start_states
+from experiments.envs.cartpole import (
+    CONTEXTS,
+    ID,
+    START,
+    CartPoleShiftEnvs,
+    slot_keys,
+    start_states,
+)
 from experiments.envs.cartpole import CartPoleShiftVectorEnv as VectorEnv
 from experiments.envs.known import OWN
 
@@ -96,14 +103,14 @@ def test_a_slot_does_not_depend_on_the_others():
 
 
 def test_start_states_are_uniform_and_differ_in_seed_slot_and_episode():
-    slots, episodes = np.meshgrid(*[np.arange(100, dtype=np.uint64)] * 2)
-    states = start_states(3, slots.ravel(), episodes.ravel())
+    episodes = np.repeat(np.arange(100, dtype=np.uint64), 100)
+    states = start_states(np.tile(slot_keys(3, 100), 100), episodes)
     assert len(np.unique(states)) == states.size
     assert np.abs(states).max() < START
     np.testing.assert_allclose(states.mean(1), 0, atol=1.5e-3)
     np.testing.assert_allclose(states.std(1), START / np.sqrt(3), rtol=0.02)
     assert np.abs(np.corrcoef(states) - np.eye(4)).max() < 0.04
-    assert not np.isin(states, start_states(4, slots.ravel(), episodes.ravel())).any()
+    assert not np.isin(states, start_states(np.tile(slot_keys(4, 100), 100), episodes)).any()
 
 
 def test_rows_of_ends_and_restarts():
