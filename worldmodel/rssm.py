@@ -127,7 +127,7 @@ class RSSM(nn.Module):
             deter, fast = self._core(deter, stoch, embed[:, t], bias[:, t], fast, recall, hoisted)
             h = F.silu(layer.norm(seen[:, t] + deter @ weight[: self.deter]))
             p = self._probs(self.posterior_net.out(h))
-            stoch = sample(p, noise[t]) + p - p.detach()
+            stoch = sample(p, noise[t]) + (p - p.detach())  # exactly one-hot
             deters.append(deter)
             stochs.append(stoch)
             probs.append(p)

@@ -1,0 +1,131 @@
+"""The agent: heads, losses, credit assignment, and acting as one law with training."""
+
+import pytest
+import torch
+
+from agents import make_actor
+from nested import fast as fast_state
+from tests.worldmodel.small import (
+    CONTINUOUS,
+    DISCRETE,
+    MIXED,
+    SEVERAL,
+    make_agent,
+    make_batch,
+    split,
+)
+from worldmodel import features
+
+SPACES = pytest.mark.parametrize("action", [DISCRETE, SEVERAL, CONTINUOUS], ids=str)
+
+
+def slow_of(agent):
+    return {name: p.detach().clone() for name, p in agent.critic.named_parameters()}
+
+
+@SPACES
+def test_losses_match_the_scales_and_train_every_part(action):
+    agent, batch = make_agent(MIXED, action), make_batch(MIXED, action)
+    generator = torch.Generator().manual_seed(0)
+    outcome = agent.losses(batch, agent.initial(4), slow_of(agent), generator)
+    agent.total(outcome.losses).backward()
+    silent = [name for name, p in agent.named_parameters() if p.grad is None]
+    assert silent == []
+    assert all(torch.isfinite(loss).all() for loss in outcome.losses.values())
+
+
+def test_a_forgotten_or_misspelt_loss_is_an_error():
+    agent, batch = make_agent(), make_batch()
+    losses = agent.losses(batch, agent.initial(4), slow_of(agent)).losses
+    losses["dynn"] = losses.pop("dyn")
+    with pytest.raises(ValueError, match="dyn"):
+        agent.total(losses)
+
+
+def test_behaviour_losses_leave_the_world_model_alone():
+    agent, batch = make_agent(), make_batch()
+    torch.nn.init.normal_(agent.critic.net.out.weight)  # at zero it would pass no gradient on
+    losses = agent.losses(batch, agent.initial(4), slow_of(agent)).losses
+    world = list(agent.world.parameters())
+    for key in ("policy", "value"):
+        grads = torch.autograd.grad(losses[key].sum(), world, retain_graph=True, allow_unused=True)
+        assert all(g is None for g in grads)
+    grads = torch.autograd.grad(losses["repvalue"].sum(), world, allow_unused=True)
+    assert any(g is not None and g.abs().sum() > 0 for g in grads)
+
+
+@SPACES
+def test_the_density_of_an_actor_is_torch_s(action):
+    torch.manual_seed(0)
+    actor = make_actor(6, action, 8, 1)
+    params = actor(torch.randn(50, 6))
+    drawn = actor.sample(params, torch.Generator().manual_seed(1))
+    if action.kind == "continuous":
+        mean, deviation = params.chunk(2, -1)
+        expected = torch.distributions.Normal(mean, deviation)
+        log_prob, entropy = expected.log_prob(drawn).sum(-1), expected.entropy().sum(-1)
+    else:
+        blocks = zip(params.split(action.sizes, -1), drawn.split(action.sizes, -1), strict=True)
+        pairs = [(torch.distributions.OneHotCategorical(p), a) for p, a in blocks]
+        log_prob = torch.stack([d.log_prob(a) for d, a in pairs]).sum(0)
+        entropy = torch.stack([d.entropy() for d, _ in pairs]).sum(0)
+    assert torch.allclose(actor.log_prob(params, drawn), log_prob, atol=1e-5)
+    assert torch.allclose(actor.entropy(params), entropy, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_acting_step_by_step_filters_as_training_does(memory: bool):
+    agent, batch = make_agent(memory=memory), make_batch()
+    carry = agent.initial(4)
+    for t in range(7):
+        row = split(batch, t, t + 1)
+        row = row._replace(obs={k: v[:, 0] for k, v in row.obs.items()})
+        row = type(row)(row.obs, *(x[:, 0] for x in row[1:]))
+        # the filter's draw must not depend on the policy's: give each step its own generator
+        action, carry = agent.act(carry, row, torch.Generator().manual_seed(t))
+        assert action.shape == (4, 3)
+    generator_steps = [torch.Generator().manual_seed(t) for t in range(7)]
+    again = agent.initial(4)
+    for t, generator in enumerate(generator_steps):
+        _, again = agent.world.observe(split(batch, t, t + 1), again, generator)
+    assert all(map(torch.equal, fast_state.leaves(carry), fast_state.leaves(again)))
+
+
+def test_the_actor_learns_which_imagined_action_is_rewarded():
+    """Credit goes to the action that leads into the rewarded state, not to a neighbour's."""
+    agent, batch = make_agent(), make_batch(shape=(8, 4))
+
+    class Rewarded(torch.nn.Module):
+        def mean(self, logits):
+            return logits
+
+        def forward(self, feature):
+            return feature[..., -1]
+
+    class Continues(torch.nn.Module):
+        def forward(self, feature):
+            return torch.full(feature.shape[:-1], 9.0)
+
+    posterior, _ = agent.world.observe(batch, agent.initial(8))
+    agent.world.reward = Rewarded()
+    agent.world.continues = Continues()
+    core = agent.world.dynamics.imagine
+
+    def marked(starts, policy, horizon, use, generator):
+        """A dream whose reward at h + 1 says whether action h was number 2."""
+        dream = core(starts, policy, horizon, use, generator)
+        stoch = dream.stoch.clone()
+        stoch[..., -1, -1] = 0.0
+        stoch[:, 1:, -1, -1] = dream.action[:, :-1, 2]
+        return dream._replace(stoch=stoch)
+
+    agent.world.dynamics.imagine = marked
+    optimizer = torch.optim.Adam([*agent.actor.parameters(), *agent.critic.parameters()], 3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(120):
+        losses, _, _ = agent._behaviour(posterior, slow_of(agent), generator)
+        optimizer.zero_grad()
+        (losses["policy"].mean() + losses["value"].mean()).backward()
+        optimizer.step()
+    probs = agent.actor(features(posterior.deter, posterior.stoch))
+    assert probs[..., 2].mean() > 0.8

@@ -1,0 +1,64 @@
+"""Distributions: two-hot scalars, unimix categoricals, draws."""
+
+import torch
+from torch.nn import functional as F
+
+from worldmodel import TwoHot
+from worldmodel.heads import kl, race, sample, unimix
+
+
+def test_two_hot_starts_at_zero_and_its_loss_is_minimal_at_the_target():
+    torch.manual_seed(0)
+    head = TwoHot(4, 8, 1)
+    x = torch.randn(5, 4)
+    assert torch.equal(head.mean(head(x)), torch.zeros(5))
+    target = torch.tensor([-300.0, -1.0, 0.0, 0.4, 5000.0])
+    logits = torch.zeros(5, 255, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.5)
+    for _ in range(300):
+        optimizer.zero_grad()
+        head.loss(logits, target).sum().backward()
+        optimizer.step()
+    assert torch.allclose(head.mean(logits), target, rtol=0.01, atol=0.01)
+
+
+def test_two_hot_loss_is_the_cross_entropy_of_an_interpolated_target():
+    head = TwoHot(4, 8, 1, bins=41)
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(6, 41, generator=generator)
+    target = torch.tensor([-1e9, -7.3, 0.0, 0.02, 12.0, 1e9])
+    encoded = torch.zeros(6, 41)
+    for row, value in enumerate(target.clamp(head.bins[0], head.bins[-1]).tolist()):
+        for low in range(40):
+            a, b = head.bins[low].item(), head.bins[low + 1].item()
+            if a <= value <= b:
+                encoded[row] = 0
+                encoded[row, low] = (b - value) / (b - a)
+                encoded[row, low + 1] = (value - a) / (b - a)
+    assert torch.allclose(encoded.sum(-1), torch.ones(6))
+    expected = -(encoded * F.log_softmax(logits, -1)).sum(-1)
+    assert torch.allclose(head.loss(logits, target), expected, atol=1e-4)
+
+
+def test_draws_follow_the_probabilities_and_are_one_hot():
+    probs = unimix(torch.tensor([[2.0, 0.0, -1.0]]), 0.01).expand(40_000, 3)
+    drawn = sample(probs, race(probs.shape, torch.Generator().manual_seed(0)))
+    assert torch.equal(drawn.sum(-1), torch.ones(40_000))
+    assert torch.allclose(drawn.mean(0), probs[0], atol=0.01)
+
+
+def test_a_draw_for_many_steps_equals_draws_step_by_step():
+    a, b = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    whole = race((5, 3, 4, 2), a)
+    steps = torch.cat([race((1, 3, 4, 2), b) for _ in range(5)])
+    assert torch.equal(whole, steps)
+
+
+def test_unimix_never_reaches_zero_and_kl_is_torch_s():
+    p = unimix(torch.tensor([[[60.0, 0.0, -60.0]]]), 0.01)
+    assert p.min() > 0.003
+    q = unimix(torch.tensor([[[0.0, 1.0, 2.0]]]), 0.01)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(p), torch.distributions.Categorical(q)
+    )
+    assert torch.allclose(kl(p, q), expected.sum(-1), atol=1e-5)
