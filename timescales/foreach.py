@@ -6,7 +6,7 @@ named here once, so that nothing else in the package reaches into torch's privat
 
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -109,3 +109,20 @@ def by_step(state: dict[Tensor, Any], params: Iterable[Tensor]) -> dict[int, Ten
 def gradients(params: Iterable[Tensor]) -> Tensors:
     """The gradients of those parameters that have one."""
     return [p.grad for p in params if p.grad is not None]
+
+
+def runs(tensors: Tensors, elements: int = 1 << 18) -> Iterator[Tensors]:
+    """Consecutive tensors of about as many elements as stay in a CPU's cache over several passes.
+
+    On any other device launches cost more than passes: all tensors at once.
+    """
+    run: Tensors = []
+    count = 0
+    for tensor in tensors:
+        if run and tensor.is_cpu and count + tensor.numel() > elements:
+            yield run
+            run, count = [], 0
+        run.append(tensor)
+        count += tensor.numel()
+    if run:
+        yield run

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from timescales.foreach import add_, by_step, fused_adamw_, gradients, mul_, norms, product, slots
+from timescales.foreach import add_, by_step, fused_adamw_, gradients, mul_, norms, runs, slots
 
 
 class LaProp(Optimizer):
@@ -43,17 +43,18 @@ class LaProp(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step on the gradients in `.grad`."""
+        """One step on the gradients in `.grad`, which are clipped where they are."""
         for group in self.param_groups:
             for step, params in by_step(self.state, group["params"]).items():
-                self._update(group, step, params)
+                for some in runs(params):
+                    self._update(group, step, some)
 
     def _update(self, group: dict[str, Any], step: int, params: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
         velocity = slots(self.state, params, "velocity")  # points against the gradient
         grads = gradients(params)
         if group["agc"]:
-            grads = clipped(params, grads, group["agc"], group["pmin"])
+            clip_(grads, params, group["agc"], group["pmin"])
         # AdamW on the velocity itself. beta1 = 0 leaves normalisation alone, and lr * weight_decay
         # = 1 - beta1 makes the moving average. The gradients stand in for AdamW's first moment:
         # beta1 = 0 writes back what it has just read.
@@ -78,8 +79,8 @@ class LaProp(Optimizer):
         add_(params, velocity, alpha=lr / (1.0 - beta1**step))
 
 
-def clipped(params: list[Tensor], grads: list[Tensor], agc: float, pmin: float) -> list[Tensor]:
-    """New gradients, each of norm at most `agc * max(pmin, norm of its parameter)`."""
+def clip_(grads: list[Tensor], params: list[Tensor], agc: float, pmin: float) -> None:
+    """Scale each gradient, in place, to a norm of at most `agc * max(pmin, parameter's norm)`."""
     limits = norms(params).clamp_(min=pmin).mul_(agc)
     scales = limits.div_(norms(grads)).clamp_(max=1.0)  # a zero gradient: infinity, then 1
-    return product(grads, scales.unbind())
+    mul_(grads, scales.unbind())
