@@ -26,14 +26,13 @@ class Row(NamedTuple):
 
 
 class Metrics:
-    """The writing end of a spool. A torn last line, left by a crash, is dropped when it opens."""
+    """The writing end of a spool; a torn last line, left by a crash, is dropped first."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.touch()
         end, self._lines = _measure(path)
         os.truncate(path, end)
-        self._file = path.open("ab")
 
     @property
     def lines(self) -> int:
@@ -44,18 +43,15 @@ class Metrics:
         """Append one line and hand it to the operating system."""
         values = {name: _to_json(float(value)) for name, value in metrics.items()}
         row = {"step": int(step), "wall": round(time.time(), 3), "metrics": values}
-        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        with self.path.open("ab") as file:
+            file.write(line)
         self._lines += 1
 
     def truncate(self, lines: int) -> None:
         """Keep the first `lines` lines: what was reported when a checkpoint was taken."""
         end, self._lines = _measure(self.path, lines)
-        self._file.truncate(end)
-
-    def close(self) -> None:
-        """Close the file; its contents are complete after every `write` anyway."""
-        self._file.close()
+        os.truncate(self.path, end)
 
 
 def read(path: Path) -> list[Row]:

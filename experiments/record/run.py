@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, SupportsFloat
 
@@ -49,7 +48,7 @@ class Run:
         self.path = path
         self.info = info
         self._metrics: Metrics | None = None
-        self._lock: TextIOWrapper | None = None
+        self._lock: int | None = None
 
     @classmethod
     def create(cls, config: RunConfig, root: Path) -> "Run":
@@ -85,7 +84,7 @@ class Run:
 
     @property
     def metrics(self) -> Metrics:
-        """The spool, opened for writing on first use; `metrics.lines` belongs in checkpoints."""
+        """The spool; `metrics.lines` belongs in checkpoints."""
         if self._metrics is None:
             self._metrics = Metrics(self.path / "metrics.jsonl")
         return self._metrics
@@ -97,13 +96,14 @@ class Run:
 
     def start(self) -> None:
         """Take the folder for this process; RunError if another one is training in it."""
-        self._lock = (self.path / "lock").open("w")
+        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT)
         try:
             # POSIX locks end with their process and are not inherited by environment workers.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self._lock.close()
+            os.close(lock)
             raise RunError(f"{self.path} is being trained by process {self._owner()}") from error
+        self._lock = lock
         resumes = self.info.get("resumes", 0) + (self.info["state"] != "created")
         me = {"pid": os.getpid(), "born": _birth(os.getpid()), "resumes": resumes}
         self._update(state="running", versions=_versions(), revision=_revision(), **me)
@@ -121,10 +121,9 @@ class Run:
         if state not in ENDS:
             raise ValueError(f"a run ends as one of {ENDS}, not {state!r}")
         self._update(state=state, ended=time.time(), pid=None)
-        self.metrics.close()
-        self._metrics = None
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
+            self._lock = None
 
     def _update(self, **fields: Any) -> None:
         self.info |= fields
