@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.config import Config, ConfigError, LevelConfig, levels_of, shown
+from experiments.config import Config, ConfigError, LevelConfig, Part, levels_of, shown
 
 WIDTH = 160  # columns where there is no terminal to fit
 
@@ -52,10 +52,10 @@ def _level_table(configured: Mapping[str, LevelConfig], rows: Sequence[Mapping[s
     columns = ("level", "owns", "parameters", "share", "moves", "how")
     table = _table("levels, fastest first", columns, right=("parameters", "share"))
     for row in rows:
-        copied = "a copy of " if row["kind"] == "copy" else ""
-        how = [_how(configured.get(row["name"]), row), *row["relax"], *row["reset"]]
+        level = configured.get(row["name"])
+        how = [_how(level, row), *row["relax"], *row["reset"]]
         table.add_row(
-            row["name"], _text(copied + row["pattern"]), f"{row['parameters']:,}",
+            row["name"], _text(_owns(level, row)), f"{row['parameters']:,}",
             f"{row['share']:.0%}", row["every"], _text(", ".join(how)),
         )  # fmt: skip
     return table
@@ -74,6 +74,12 @@ def _text(value: str):
     from rich.text import Text
 
     return Text(value)  # a regular expression's brackets are no markup
+
+
+def _owns(level: LevelConfig | None, row: Mapping[str, Any]) -> str:
+    if level is not None and isinstance(level.match, Part):
+        return f"part {level.match.part + 1} of {level.match.of} by {level.match.by}"
+    return f"a copy of {row['pattern']}" if row["kind"] == "copy" else row["pattern"]
 
 
 def _how(level: LevelConfig | None, row: Mapping[str, Any]) -> str:

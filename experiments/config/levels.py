@@ -50,11 +50,12 @@ class LaProp(Frozen):
         default=(0.9, 0.999), description="decays of the two moments"
     )
     eps: float = Field(default=1e-20, gt=0, description="added to the root of the second moment")
-    clip: float = Field(default=0.3, ge=0, description="adaptive gradient clipping; 0 is off")
+    agc: float = Field(default=0.3, ge=0, description="adaptive gradient clipping; 0 is off")
     pmin: float = Field(
         default=1e-3, gt=0, description="smallest parameter norm that clipping assumes"
     )
     warmup: int = Field(default=1000, ge=0, description="updates of linear learning-rate warm-up")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled decay, times lr")
 
 
 class SGD(Frozen):
@@ -70,13 +71,24 @@ class SGD(Frozen):
 class Muon(Frozen):
     kind: Literal["muon"] = "muon"
     lr: float = Field(default=1e-3, gt=0, description="learning rate")
-    momentum: float = Field(default=0.95, ge=0, lt=1, description="decay of the momentum")
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="decay of a matrix's momentum")
+    betas: tuple[Decay, Decay] = Field(
+        default=(0.9, 0.999), description="decays of the two moments of what is no matrix"
+    )
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled decay, times lr")
 
 
 class M3(Frozen):
     kind: Literal["m3"] = "m3"
     lr: float = Field(default=1e-3, gt=0, description="learning rate")
+    betas: tuple[Decay, Decay, Decay] = Field(
+        default=(0.9, 0.999, 0.9), description="decays: fast moment, second moment, slow moment"
+    )
+    period: int = Field(default=8, ge=1, description="updates between two of the slow moment")
+    mix: float = Field(default=0.5, ge=0, description="weight of the slow moment")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled decay, times lr")
 
 
 Rule = Annotated[

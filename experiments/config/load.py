@@ -61,12 +61,12 @@ def levels_of(config: Config) -> dict[str, LevelConfig]:
 # ---- reading -----------------------------------------------------------------------------------
 def _find(source: str, field: str) -> Path:
     path = Path(source)
-    if path.is_dir() and (path / "config.yaml").is_file():
-        return path / "config.yaml"
+    if path.is_dir():
+        path /= "config.yaml"
     if path.is_file():
         return path
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise ConfigError(field, source, "no such file", "give a YAML file or a preset's name")
+        raise ConfigError(field, str(path), "no such file", "give a YAML file or a preset's name")
     preset = PRESETS / f"{source}.yaml"
     if preset.is_file():
         return preset

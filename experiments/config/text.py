@@ -18,15 +18,24 @@ def parse_yaml(text: str, name: str) -> Any:
     try:
         return YAML(typ="safe", pure=True).load(text)
     except DuplicateKeyError as error:
-        key = str(error.problem).split('"')[1] if '"' in str(error.problem) else error.problem
-        where = f"{name}:{error.problem_mark.line + 1}" if error.problem_mark else name
+        key = str(error.problem).partition('"')[2].partition('"')[0]
+        where, _ = _place(error, text, name)
         raise ConfigError(where, key, "this key is given twice", "keep one of the two") from None
     except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{name}:{mark.line + 1}" if mark else name
-        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
-        line = text.splitlines()[mark.line] if mark and mark.line < text.count("\n") + 1 else text
-        raise ConfigError(where, line.strip(), f"not YAML: {problem}", "quote the value") from None
+        where, line = _place(error, text, name)
+        problem = str(getattr(error, "problem", None) or error).partition("\n")[0]
+        way_out = "close what is open, or quote the value"
+        raise ConfigError(where, line, f"not YAML: {problem}", way_out) from None
+
+
+def _place(error: YAMLError, text: str, name: str) -> tuple[str, str]:
+    """Where in a file an error is, as name:line, and that line; a single line is its own place."""
+    mark = getattr(error, "problem_mark", None)
+    lines = text.splitlines()
+    if mark is None or len(lines) < 2:
+        return name, text.strip()
+    number = min(mark.line, len(lines) - 1)
+    return f"{name}:{number + 1}", lines[number].strip()
 
 
 def to_yaml(tree: dict[str, Any]) -> str:

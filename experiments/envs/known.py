@@ -6,6 +6,7 @@ without being imported, unless a name has to be found among theirs.
 
 import importlib
 import warnings
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 from experiments.config import Config, ConfigError, nearest
@@ -52,9 +53,10 @@ def _need(name: str, package: str, install: str) -> None:
 
 
 def _registered(name: str) -> None:
-    known = registry()
+    family = [package for prefix, (package, _) in _EXTRAS.items() if name.startswith(prefix)]
+    known = registry(family)
     if name not in known:
-        near = nearest(name, [*OWN, *known])
+        near = nearest(name, [*OWN, *known]) or nearest(name, registry(["minigrid", "ale_py"]))
         raise ConfigError(
             "env.id", name, "no such environment is registered",
             f"did you mean {near}?" if near else "use a gymnasium id such as CartPole-v1",
@@ -64,12 +66,12 @@ def _registered(name: str) -> None:
             _need(name, package, install)
 
 
-def registry() -> dict[str, str]:
-    """Every registered id -> its entry point, those of the installed extras included."""
+def registry(extras: Iterable[str] = ()) -> dict[str, str]:
+    """Every registered id -> its entry point, with those of these packages if installed."""
     from gymnasium.envs.registration import registry as registered
 
     with warnings.catch_warnings(action="ignore"):
-        for package in ("minigrid", "ale_py"):
+        for package in extras:
             if find_spec(package) is not None:
                 importlib.import_module(package)
     return {name: str(spec.entry_point) for name, spec in registered.items()}
