@@ -30,6 +30,11 @@ WORLDLY_ATTRIBUTES = {
     *("torch.manual_seed", "torch.seed", "np.random.seed", "torch.set_num_threads"),
 }
 
+DRAWS = {
+    *("torch.rand", "torch.randn", "torch.randint", "torch.randperm", "torch.normal"),
+    *("torch.multinomial", "torch.bernoulli", "torch.rand_like", "torch.randn_like"),
+}
+
 
 def files(packages: tuple[str, ...] = PACKAGES) -> list[Path]:
     return sorted(path for package in packages for path in (ROOT / package).rglob("*.py"))
@@ -110,6 +115,19 @@ def test_only_experiments_prints_opens_saves_or_seeds():
                 name = dotted(node.func)
                 if name in WORLDLY_CALLS | WORLDLY_ATTRIBUTES or name.endswith(".cuda"):
                     wrong.append(f"{short(path)}:{node.lineno} calls {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_draws_take_a_generator():
+    """Initial weights excepted: torch.nn.init draws from torch's own."""
+    wrong = [
+        f"{short(path)}:{node.lineno} {dotted(node.func)} without generator="
+        for path in files(PURE)
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Call)
+        and dotted(node.func) in DRAWS
+        and "generator" not in {keyword.arg for keyword in node.keywords}
+    ]
     assert not wrong, "\n".join(wrong)
 
 
