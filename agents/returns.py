@@ -32,6 +32,7 @@ class ReturnScale(nn.Module):
 
     low: Tensor
     high: Tensor
+    share: Tensor
 
     def __init__(
         self, rate: float = 0.01, limit: float = 1.0, percentiles: tuple[float, float] = (5, 95)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from agents import Dreamer, make_actor
 from experiments.config import Config, ConfigError, LevelConfig, Part, levels_of
+from experiments.config.levels import DescendConfig, PullConfig
 from nested import DeltaMemory, GatedDeltaMemory
 from timescales import REST, Descend, Every, Level, Pull, Relax, Reset, Timescales, presets, rules
 from worldmodel import (
@@ -134,28 +135,32 @@ def build_timescales(config: Config, agent: Dreamer, seed: int = 0) -> Timescale
 
 def make_level(name: str, level: LevelConfig, names: list[str]) -> Level:
     """A level as timescales/ knows it; `names` resolve a match by depth or by block."""
-    every = Every(**level.every.model_dump())
-    flow = level.flow
     if level.match is None and level.copy_of is None:
         raise ConfigError(f"timescales.levels.{name}", None, "needs match: or copy:", "add one")
     match = level.match
     if isinstance(match, Part):
         match = presets.part(names, match.by, match.part, match.of)
-    if flow.kind == "descend":
-        assert flow.rule is not None
-        made = Descend(make_rule(flow.rule), flow.reduce)
-    else:
-        outer = None if flow.outer is None else make_rule(flow.outer)
-        made = Pull(flow.source, flow.rate, outer)
     return Level(
         name,
         match=REST if match == "REST" else match,
         copy=level.copy_of,
-        every=every,
-        flow=made,
+        every=Every(**level.every.model_dump()),
+        flow=make_flow(level.flow),
         relax=tuple(Relax(r.to, r.rate, r.noise) for r in level.relax),
         reset=tuple(Reset(r.to, Every(**r.every.model_dump()), r.clear_rule) for r in level.reset),
     )
+
+
+def make_flow(flow: DescendConfig | PullConfig | None) -> Descend | Pull | None:
+    """A flow as timescales/ knows it."""
+    match flow:
+        case DescendConfig():
+            return Descend(make_rule(flow.rule), flow.reduce)
+        case PullConfig():
+            outer = None if flow.outer is None else make_rule(flow.outer)
+            return Pull(flow.source, flow.rate, outer)
+        case None:
+            return None
 
 
 def make_rule(rule: Any) -> Any:

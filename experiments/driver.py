@@ -35,7 +35,8 @@ class Driver:
     def __init__(
         self, agent: Dreamer, envs: Envs, generator: torch.Generator, use: MemoryUse = "write"
     ):
-        self.agent, self.envs, self.generator, self.use = agent, envs, generator, use
+        self.agent, self.envs, self.generator = agent, envs, generator
+        self.use: MemoryUse = use
         self.carry = agent.initial(envs.num)
         self.row: Row | None = None
         self._return = np.zeros(envs.num, np.float64)

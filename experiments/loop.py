@@ -6,7 +6,7 @@ with its cursor, environments, carries, generators, and the sums of metrics not 
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,17 +22,20 @@ from experiments.data.replay import Replay
 from experiments.driver import Driver, Step
 from experiments.envs import make_envs
 from experiments.evaluate import contexts_of, evaluate
-from experiments.record import Checkpoints, Run, RunError
+from experiments.record import Checkpoints, Run
 from timescales import Ratio
 
 SEEDS = ("envs", "act", "learn", "replay", "prefill", "levels")  # one stream each
 
 
 class Loop:
-    """A run in progress. `with loop:` marks the run as running, then as how it ended."""
+    """A run in progress. `with loop:` marks the run as running, then as how it ended.
 
-    def __init__(self, config: Config, run: Run):
-        self.config, self.run = config, run
+    `open_run` is called last, so a configuration that cannot be built leaves no folder behind.
+    """
+
+    def __init__(self, config: Config, open_run: Callable[[], Run]):
+        self.config = config
         self.device = device_of(config)
         self.low_precision = precision(config, self.device) == "bfloat16"
         torch.set_num_threads(threads(config))
@@ -47,35 +50,42 @@ class Loop:
         replay = config.replay
         self.replay = Replay(replay.kind, replay.capacity, replay.length, seed["replay"])
         self.ratio = Ratio(config.train.ratio, replay.batch * replay.length)
-        self.checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
         self.frame, self.before, self.updates, self.phase = 0, 0, 0, -1
         self.ended = {"return": 0.0, "length": 0.0, "episodes": 0}
         self.sums: dict[str, Tensor] = {}
         self.gathered = 0
         self._clock, self._clocked = time.perf_counter(), (0, 0)
+        self.run = open_run()
+        self.checkpoints = Checkpoints(self.run.checkpoints, config.checkpoint.keep)
 
     @classmethod
     def start(cls, config: Config) -> Self:
         """A new run: its folder, level table, first evaluation and first checkpoint."""
-        loop = cls(config, Run.create(config, Path(config.tracking.root)))
-        levels = {"levels": loop.timescales.table(), "timeline": loop.timescales.timeline(256)}
-        loop.run.write("levels.json", levels)
+        loop = cls(config, lambda: Run.create(config, Path(config.tracking.root)))
         loop.run.start()
-        loop.evaluate()
-        loop.save()
+        loop._begin()
         return loop
 
     @classmethod
     def resume(cls, config: Config, path: Path) -> Self:
-        """An existing run, as its last whole checkpoint left it."""
-        loop = cls(config, Run.open(path))
+        """An existing run, as its last whole checkpoint left it; from the start before any."""
+        loop = cls(config, lambda: Run.open(path))
+        loop.run.start()
         loaded = loop.checkpoints.load()
         if loaded is None:
-            raise RunError(f"{path} holds no checkpoint to resume from; start a new run")
-        loop.run.start()
+            loop._begin()
+            return loop
         loop.replay.restore(loaded.segments.get("replay", []))
         loop.load_state_dict(loaded.state)
         return loop
+
+    def _begin(self) -> None:
+        """The level table, first evaluation and first checkpoint; what was there goes."""
+        self.run.metrics.truncate(0)
+        levels = {"levels": self.timescales.table(), "timeline": self.timescales.timeline(256)}
+        self.run.write("levels.json", levels)
+        self.evaluate()
+        self.save()
 
     @property
     def done(self) -> bool:
@@ -131,7 +141,7 @@ class Loop:
 
     def log(self) -> dict[str, float]:
         """Report means since the last report; raises FloatingPointError on a loss that is not."""
-        metrics = {"train/phase": self.phase, "train/updates": self.updates}
+        metrics: dict[str, float] = {"train/phase": self.phase, "train/updates": self.updates}
         for names, values in self.sums.items():
             means = (values / self.gathered).tolist()
             metrics |= dict(zip(names.split(","), means, strict=True))
@@ -195,7 +205,8 @@ class Loop:
         self.generator.set_state(state["generator"])
         self.random.bit_generator.state = state["random"]
         self.frame, self.before, self.updates, self.phase, self.gathered = state["counts"]
-        self.ended, self.sums = dict(state["ended"]), dict(state["sums"])
+        self.ended = dict(state["ended"])
+        self.sums = {names: values.to(self.device) for names, values in state["sums"].items()}
         self.run.metrics.truncate(state["lines"])
         self._clocked = (self.frame, self.updates)
 
@@ -209,9 +220,11 @@ class Loop:
         from experiments.record.report import report
 
         self.envs.close()
-        ends = {None: "finished", KeyboardInterrupt: "stopped"}
         report(self.run.path)
-        self.run.finish(ends.get(kind, "failed"))
+        if kind is None:
+            self.run.finish("finished")
+        else:
+            self.run.finish("stopped" if kind is KeyboardInterrupt else "failed")
         if self._uploader is not None:
             self._uploader.finish()
 

@@ -95,6 +95,13 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(Dense(a, b) for a, b in pairs)
         self.out = Linear(sizes[-1], n_out, scale)
 
+    @property
+    def first(self) -> Dense:
+        """The layer that sees the inputs."""
+        layer = self.layers[0]
+        assert isinstance(layer, Dense)
+        return layer
+
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)

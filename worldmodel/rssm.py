@@ -72,7 +72,8 @@ class RSSM(nn.Module):
     ):
         super().__init__()
         self.deter, self.hidden, self.stoch, self.classes = deter, hidden, stoch, classes
-        self.blocks, self.mix, self.memory = blocks, mix, memory
+        self.blocks, self.mix = blocks, mix
+        self.memory: Any = memory  # a module or None
         inputs = 3 if memory is None else 4
         self.from_deter = Dense(deter, hidden)
         self.from_stoch = Dense(stoch * classes, hidden)
@@ -115,7 +116,7 @@ class RSSM(nn.Module):
         hoisted = self._hoist()
         keep = (~first).to(tokens.dtype)[..., None]
         embed, bias = self._embed(action * keep, hoisted)
-        layer = self.posterior_net.layers[0]
+        layer = self.posterior_net.first
         weight = layer.linear.weight
         seen = F.linear(tokens, weight[self.deter :].t(), layer.linear.bias)
         noise = race((length, batch, self.stoch, self.classes), generator)
@@ -132,8 +133,10 @@ class RSSM(nn.Module):
             stochs.append(stoch)
             probs.append(p)
             fasts.append(fast_state.detach(fast))
-        states = (torch.stack(x, 1) for x in (deters, stochs, probs))
-        out = Posterior(*states, fast_state.tree_map(lambda *x: torch.stack(x, 1), *fasts))
+        history = fast_state.tree_map(lambda *x: torch.stack(x, 1), *fasts)
+        out = Posterior(
+            torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(probs, 1), history
+        )
         return out, Carry(Latent(deter, stoch), fast)
 
     def prior(self, deter: Tensor) -> Tensor:
@@ -172,7 +175,8 @@ class RSSM(nn.Module):
         weight, n = self.mixed.weight, self.deter // self.blocks
         shared = weight[:, n:].transpose(0, 1).reshape(-1, self.deter)
         sizes = [2 * self.hidden, self.hidden, len(shared) - 3 * self.hidden]
-        return Hoisted(weight[:, :n], *shared.split(sizes))
+        state, action, memory = shared.split(sizes)
+        return Hoisted(weight[:, :n], state, action, memory)
 
     def _embed(self, action: Tensor, hoisted: Hoisted) -> tuple[Tensor, Tensor]:
         """Embedded action (..., hidden) and its share of the mixing layer (..., D)."""

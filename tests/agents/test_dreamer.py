@@ -91,7 +91,7 @@ def test_acting_step_by_step_filters_as_training_does(memory: bool):
     assert all(map(torch.equal, fast_state.leaves(carry), fast_state.leaves(again)))
 
 
-def test_the_actor_learns_which_imagined_action_is_rewarded():
+def test_the_actor_learns_which_imagined_action_is_rewarded(monkeypatch: pytest.MonkeyPatch):
     """Credit goes to the action that leads into the rewarded state, not to a neighbour's."""
     agent, batch = make_agent(), make_batch(shape=(8, 4))
 
@@ -107,8 +107,8 @@ def test_the_actor_learns_which_imagined_action_is_rewarded():
             return torch.full(feature.shape[:-1], 9.0)
 
     posterior, _ = agent.world.observe(batch, agent.initial(8))
-    agent.world.reward = Rewarded()
-    agent.world.continues = Continues()
+    parts = {"reward": Rewarded(), "continues": Continues()}
+    agent.world._modules.update(parts)
     core = agent.world.dynamics.imagine
 
     def marked(starts, policy, horizon, use, generator):
@@ -119,7 +119,7 @@ def test_the_actor_learns_which_imagined_action_is_rewarded():
         stoch[:, 1:, -1, -1] = dream.action[:, :-1, 2]
         return dream._replace(stoch=stoch)
 
-    agent.world.dynamics.imagine = marked
+    monkeypatch.setattr(agent.world.dynamics, "imagine", marked)
     optimizer = torch.optim.Adam([*agent.actor.parameters(), *agent.critic.parameters()], 3e-3)
     generator = torch.Generator().manual_seed(0)
     for _ in range(120):

@@ -16,6 +16,7 @@ from tests.worldmodel.small import (
     split,
 )
 from worldmodel import Batch, Carry, features
+from worldmodel.rssm import MemoryUse
 
 BOTH = pytest.mark.parametrize("memory", [False, True], ids=["plain", "memory"])
 
@@ -83,7 +84,7 @@ def test_fast_weights_are_forgotten_at_first_unless_configured_never():
 
 
 @pytest.mark.parametrize("use", ["read", "off"])
-def test_fast_weights_are_only_written_when_asked(use: str):
+def test_fast_weights_are_only_written_when_asked(use: MemoryUse):
     agent, batch = make_agent(memory=True), make_batch()
     _, carry = agent.world.observe(batch, agent.initial(4), use=use)
     start = fast_state.leaves(agent.initial(4).fast)
@@ -133,7 +134,7 @@ def test_a_world_model_overfits_one_batch():
 
 
 @pytest.mark.parametrize("use", ["write", "read", "off"])
-def test_imagination_follows_the_policy_from_its_carry(use: str):
+def test_imagination_follows_the_policy_from_its_carry(use: MemoryUse):
     agent, batch = make_agent(memory=True), make_batch()
     posterior, _ = agent.world.observe(batch, agent.initial(4))
     starts: Carry = agent.world.starts(posterior, 3)
