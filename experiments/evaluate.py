@@ -17,7 +17,7 @@ from experiments.driver import Driver
 from experiments.envs import make_envs
 from worldmodel.rssm import MemoryUse
 
-SLOTS = 32
+SLOTS = 4  # evaluation slots for each training slot, so that slow environments stay few
 DEFAULT = "default"  # the context of an environment that has none
 
 
@@ -39,7 +39,7 @@ def evaluate(
     `moment` (environment frames) picks the seed. Every slot plays the same number of episodes, so
     that short ones are not counted more often than long ones.
     """
-    num = min(episodes, SLOTS)
+    num = min(episodes, SLOTS * config.env.num)
     seed = np.random.SeedSequence([config.seed, 1, moment]).generate_state(1)[0]
     envs = make_envs(config.env, num, int(seed))
     generator = torch.Generator(device_of(config)).manual_seed(int(seed))
