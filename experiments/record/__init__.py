@@ -5,6 +5,7 @@ and a training process never pays for the tracking library.
 """
 
 from experiments.record.checkpoint import CheckpointError, Checkpoints, Loaded
+from experiments.record.mirror import opening, pending
 from experiments.record.report import report
 from experiments.record.run import Run, RunError, RunStatus, runs
 from experiments.record.tracking import Uploader, start_uploader, sync
@@ -17,6 +18,8 @@ __all__ = [
     "RunError",
     "RunStatus",
     "Uploader",
+    "opening",
+    "pending",
     "report",
     "runs",
     "start_uploader",

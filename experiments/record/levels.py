@@ -44,6 +44,12 @@ def schedule_text(rows: list[LevelRow]) -> str:
     return ", ".join(f"{row.name} {row.every}" for row in rows if not row.copy)
 
 
+def schedule_tag(rows: list[LevelRow]) -> str:
+    """The same in a table's cell: `fast 1, slow 16`, with the unit where it is not updates."""
+    units = {row.name: "" if row.unit == "update" else f" {row.unit}s" for row in rows}
+    return ", ".join(f"{row.name} {row.period:g}{units[row.name]}" for row in rows if not row.copy)
+
+
 def _from_config(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     levels = (config.get("timescales") or {}).get("levels") or {}
     return [

@@ -6,6 +6,7 @@ the server's own history decides. A resumed run that reports the same steps agai
 The x-axis, MLflow's `step`, is environment frames.
 """
 
+import getpass
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from experiments.record.levels import LevelRow, level_rows, schedule_text
+from experiments.record.levels import LevelRow, level_rows, schedule_tag
 from experiments.record.metrics import Row, parse, read
 from experiments.record.run import ENDS, Run, read_config, read_json, write_json
 
@@ -28,6 +29,7 @@ PARAMS, KEY, VALUE, TAG = 100, 250, 6000, 5000  # its other limits: a batch, and
 CHUNK = 4 << 20
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "running": "RUNNING"}
 PICTURES = ("*.png", "*.jpg", "*.gif", "*.mp4")
+CHARTS = "workflowType=machine_learning&compareRunsMode=CHART"  # else it opens on GenAI traces
 TAG_RUN = "nested.run"
 QUIET = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # patience is the uploader's, not each request's
@@ -75,7 +77,8 @@ class Mirror:
         number = experiment.experiment_id if experiment else self._new_experiment(client)
         if not self._is_there(client):
             names = {clean(n) for row in read(self.path / "metrics.jsonl") for n in row.metrics}
-            self._keep(run=self._find_or_make(client, number), sent={}, doubt=sorted(names))
+            run = self._find_or_make(client, number)
+            self._keep(experiment=number, run=run, sent={}, doubt=sorted(names))
         self._describe(client)
         client.log_artifact(self.state["run"], str(self.path / "config.yaml"))
         self._client = client
@@ -121,7 +124,7 @@ class Mirror:
         write_json(self.path / "upload.json", self.state)
 
     def _new_experiment(self, client: "MlflowClient") -> str:
-        tags = {"mlflow.experimentKind": "custom_model_development"}  # opens on runs and charts
+        tags = {"mlflow.experimentKind": "custom_model_development"}  # not GenAI
         return client.create_experiment(self.experiment, tags=tags)
 
     def _is_there(self, client: "MlflowClient") -> bool:
@@ -144,7 +147,7 @@ class Mirror:
         found = client.search_runs([experiment], f"tags.`{TAG_RUN}` = '{info['id']}'")
         if found:
             return found[0].info.run_id
-        tags = {TAG_RUN: info["id"]}
+        tags = {TAG_RUN: info["id"], "mlflow.user": _user()}
         start = int(info["created"] * 1000)
         run = client.create_run(experiment, start_time=start, tags=tags, run_name=info["id"])
         return run.info.run_id
@@ -184,6 +187,17 @@ def pending(path: Path) -> int:
     return sum(1 for _ in unsent(read(path / "metrics.jsonl"), marks))
 
 
+def opening(path: Path) -> list[str]:
+    """How to look at a run in MLflow: a command and an address, or [] before it arrived there."""
+    state = _read_state(path)
+    if not state.get("run"):
+        return []
+    uri, remote = state["uri"], state["uri"].startswith("http")
+    site = uri.rstrip("/") if remote else "http://127.0.0.1:5000"
+    charts = f"{site}/#/experiments/{state['experiment']}/runs?{CHARTS}"
+    return [charts] if remote else [f"mlflow ui --backend-store-uri {uri}", charts]
+
+
 def unsent(rows: Iterable[Row], marks: Mapping[str, int]) -> Iterator[Value]:
     """The values beyond the marks, each (name, step) once."""
     marks = dict(marks)
@@ -217,7 +231,7 @@ def describe(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
         "mlflow.source.git.commit": info.get("revision"),
         "mlflow.note.content": _markdown(rows),
         "env": (config.get("env") or {}).get("id"),
-        "schedule": schedule_text(rows),
+        "schedule": schedule_tag(rows),
         "levels": ", ".join(row.name for row in rows),
         "seed": info.get("seed"),
         "resumes": info.get("resumes", 0),
@@ -232,14 +246,18 @@ def clean(name: str) -> str:
 
 
 def _markdown(rows: list[LevelRow]) -> str:
-    """The level table, for the run's page."""
-    if not rows:
-        return ""
-    lines = ["| level | moves | share of the parameters |", "| --- | --- | --- |"]
-    for row in rows:
-        share = "" if row.share is None else f"{row.share:.1%}"
-        lines.append(f"| {row.name} | {row.every} | {share}{' (a copy)' * row.copy} |")
-    return "\n".join(lines)
+    """The levels as a list, for the run's page; its tables run together."""
+    shares = ["" if row.share is None else f", {row.share:.1%} of the parameters" for row in rows]
+    copies = [" (a copy)" * row.copy for row in rows]
+    parts = zip(rows, shares, copies, strict=True)
+    return "\n".join(f"- **{row.name}** {row.every}{share}{copy}" for row, share, copy in parts)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        return str(os.getuid())
 
 
 def _state(path: Path) -> str:
