@@ -1,6 +1,17 @@
 """Things that learn while they run: state in, state out, users axis first."""
 
-from nested import fast
-from nested.memory import DeltaMemory, GatedDeltaMemory, HebbMemory, LinearState
+from nested import adapt, fast
+from nested.adapt import Adapter, AdapterState
+from nested.memory import DeltaMemory, GatedDeltaMemory, HebbMemory, LinearMemory, LinearState
 
-__all__ = ["DeltaMemory", "GatedDeltaMemory", "HebbMemory", "LinearState", "fast"]
+__all__ = [
+    "Adapter",
+    "AdapterState",
+    "DeltaMemory",
+    "GatedDeltaMemory",
+    "HebbMemory",
+    "LinearMemory",
+    "LinearState",
+    "adapt",
+    "fast",
+]

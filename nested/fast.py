@@ -26,7 +26,8 @@ def tree_map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     if isinstance(tree, tuple):
         parts = cast("tuple[Tree, ...]", tree)
         for other in others:
-            _same((type(parts), len(parts)), (type(other), len(other)))
+            _same(type(parts).__name__, type(other).__name__)
+            _same(len(parts), len(other))
         mapped = [tree_map(function, *rows) for rows in zip(parts, *others, strict=True)]
         kind = type(parts)
         return tuple(mapped) if kind is tuple else kind(*mapped)
@@ -68,12 +69,23 @@ def split(state: Tree) -> list[Tree]:
     tensors = leaves(state)
     if not tensors:
         raise ValueError("split: a state without tensors does not say how many users it has")
-    return [tree_map(lambda x, i=i: x[i], state) for i in range(len(tensors[0]))]
+
+    def user(i: int) -> Tree:
+        def row(x: Tensor) -> Tensor:
+            return x[i]
+
+        return tree_map(row, state)
+
+    return [user(i) for i in range(len(tensors[0]))]
 
 
 def gather(state: Tree, index: Tensor) -> Tree:
     """The users named by `index` (n,), in that order; a user may come more than once."""
-    return tree_map(lambda x: x.index_select(0, index), state)
+
+    def rows(x: Tensor) -> Tensor:
+        return x.index_select(0, index)
+
+    return tree_map(rows, state)
 
 
 def detach(state: Tree) -> Tree:
@@ -95,7 +107,7 @@ def heal(state: Tree, initial: Tree) -> tuple[Tree, Tensor]:
     tensors = leaves(state)
     if not tensors:
         return state, torch.zeros((), dtype=torch.int64)
-    broken = torch.stack([~x.isfinite().flatten(1).all(1) for x in tensors]).any(0)
+    broken = torch.stack([~x.isfinite().reshape(len(x), -1).all(1) for x in tensors]).any(0)
     return reset(state, initial, broken), broken.sum()
 
 

@@ -28,7 +28,7 @@ class LinearState(NamedTuple):
         return self.error.square().flatten(1).mean(1)
 
 
-class _Linear(nn.Module):
+class LinearMemory(nn.Module):
     """What the linear memories share: the rules differ in `gates` and `erase`."""
 
     def __init__(self, dim_in: int, dim_out: int, dim: int, heads: int, gates: int, erase: int):
@@ -62,47 +62,53 @@ class _Linear(nn.Module):
     ) -> tuple[Tensor, LinearState]:
         """`forward` from z = project(x), which is cheaper computed for all steps at once."""
         z = z.to(self.start.dtype)
-        read, weights, error = linear.step(z, state.weights, self.start, reset, self.erase)
+        with linear.exact(z):
+            read, weights, error = linear.step(z, state.weights, self.start, reset, self.erase)
         return self.out(read.flatten(1)), LinearState(weights, error)
 
     def read(self, x: Tensor, state: LinearState) -> Tensor:
         """What the memory answers to x (B, dim_in), nothing written: (B, dim_out)."""
-        q = linear.parts(self.project(x).to(self.start.dtype), self.dim).qk[..., :1, :]
-        return self.out((q @ state.weights).flatten(1))
+        z = self.project(x).to(self.start.dtype)
+        with linear.exact(z):
+            q = linear.parts(z, self.dim).qk[..., :1, :]
+            answer = (q @ state.weights).flatten(1)
+        return self.out(answer)
 
     def scan(
-        self, xs: Tensor, state: LinearState, resets: Tensor, chunk: int = 16
+        self, xs: Tensor, state: LinearState, resets: Tensor, chunk: int = 32
     ) -> tuple[Tensor, LinearState]:
         """All steps of xs (B, T, dim_in), resets (B, T): ys (B, T, dim_out), state."""
         weights, error = state
-        p = linear.parts(self.project(xs).to(self.start.dtype).transpose(1, 2), self.dim)
         reads: list[Tensor] = []
-        for t in range(0, xs.shape[1], chunk):
-            rows = linear.Parts(*(x[:, :, t : t + chunk] for x in p))
-            read, weights, errors = linear.chunk(
-                rows, weights, self.start, resets[:, t : t + chunk], self.erase
-            )
-            reads.append(read)
-            error = errors[:, :, -1].detach()
+        z = self.project(xs).to(self.start.dtype).transpose(1, 2)  # (B, H, T, P)
+        with linear.exact(z):
+            p = linear.parts(z, self.dim)
+            for t in range(0, xs.shape[1], chunk):
+                rows = linear.Parts(*(x[:, :, t : t + chunk] for x in p))
+                read, weights, errors = linear.chunk(
+                    rows, weights, self.start, resets[:, t : t + chunk], self.erase
+                )
+                reads.append(read)
+                error = errors[:, :, -1].detach()
         ys = self.out(torch.cat(reads, 2).transpose(1, 2).flatten(2))
         return ys, LinearState(weights, error)
 
 
-class HebbMemory(_Linear):
+class HebbMemory(LinearMemory):
     """S' = a S + b k v: pairs add up and fade (Schmidhuber 1992, with learned gates)."""
 
     def __init__(self, dim_in: int, dim_out: int, dim: int = 32, heads: int = 1):
         super().__init__(dim_in, dim_out, dim, heads, gates=2, erase=0)
 
 
-class DeltaMemory(_Linear):
+class DeltaMemory(LinearMemory):
     """S' = S + b k (v - k S): what the key recalled is replaced (2102.11174, 2406.06484)."""
 
     def __init__(self, dim_in: int, dim_out: int, dim: int = 32, heads: int = 1):
         super().__init__(dim_in, dim_out, dim, heads, gates=1, erase=1)
 
 
-class GatedDeltaMemory(_Linear):
+class GatedDeltaMemory(LinearMemory):
     """S' = a S + b k (v - a k S): the delta rule on a memory that fades (2412.06464)."""
 
     def __init__(self, dim_in: int, dim_out: int, dim: int = 32, heads: int = 1):

@@ -1,0 +1,27 @@
+"""The members that share a contract: one row gives a new member every test of its kind.
+
+A memory is built from (dim_in, dim_out) and has initial, forward, read and scan.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nested import DeltaMemory, GatedDeltaMemory, HebbMemory
+
+MEMORIES: dict[str, Callable[[int, int], Any]] = {
+    "hebb": lambda dim_in, dim_out: HebbMemory(dim_in, dim_out, dim=8, heads=2),
+    "delta": lambda dim_in, dim_out: DeltaMemory(dim_in, dim_out, dim=8, heads=2),
+    "gated delta": lambda dim_in, dim_out: GatedDeltaMemory(dim_in, dim_out, dim=16),
+}
+
+
+def memory(name: str, dim_in: int = 5, dim_out: int = 4, dtype: torch.dtype = torch.float32) -> Any:
+    """The member of that name, its slow parameters moved off any special values."""
+    module = MEMORIES[name](dim_in, dim_out).to(dtype)
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in module.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=noise, dtype=p.dtype)
+    return module
