@@ -128,7 +128,8 @@ def build_timescales(config: Config, agent: Dreamer, seed: int = 0) -> Timescale
     try:
         return Timescales(named.items(), levels, generator=generator)
     except ValueError as error:
-        text = "; ".join(part.strip() for part in str(error).splitlines())
+        lines = str(error).splitlines()
+        text = "; ".join(line.strip() for line in lines[1:] or lines)
         hint = "see the parameter names with `nested schedule`"
         raise ConfigError("timescales.levels", ", ".join(levels_of(config)), text, hint) from error
 
