@@ -217,9 +217,12 @@ class Loop:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        from experiments.predict import save_prediction  # pictures need matplotlib
         from experiments.record.report import report
 
         self.envs.close()
+        if kind is None:
+            save_prediction(self.config, self.agent, self.run.path / "prediction.png")
         report(self.run.path)
         if kind is None:
             self.run.finish("finished")
