@@ -285,7 +285,10 @@ def timeline(
     unit: str = "update",
     generator: torch.Generator | None = None,
 ) -> dict[str, list[int]]:
-    """The counts of `unit` in 1..length at which each level would move by its flow."""
+    """The counts of `unit` in 1..length at which each level would move by its flow.
+
+    A Bernoulli clock shows one possible course; one draw a tick from `generator`.
+    """
     moves: dict[str, list[int]] = {level.name: [] for level in levels}
     for count in range(1, length + 1):
         for level in levels:
