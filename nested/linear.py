@@ -40,10 +40,15 @@ class Parts(NamedTuple):
 
 def parts(z: Tensor, dim: int) -> Parts:
     """The parts of z (..., 3 D + gates)."""
-    raw = z[..., : 2 * dim].view(*z.shape[:-1], 2, dim)
-    scale = vecdot(raw, raw).add_(EPSILON).rsqrt_().unsqueeze(-1)
+    qk, scale = unit(z[..., : 2 * dim].view(*z.shape[:-1], 2, dim))
     value, gates = z[..., 2 * dim : 3 * dim], z[..., 3 * dim :]
-    return Parts(raw * scale, scale, value, gates.sigmoid())
+    return Parts(qk, scale, value, gates.sigmoid())
+
+
+def unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x (..., D) with length one, and what they were multiplied by, (..., 1)."""
+    scale = vecdot(x, x).add_(EPSILON).rsqrt_().unsqueeze(-1)
+    return x * scale, scale
 
 
 def exact(z: Tensor) -> AbstractContextManager[object]:
@@ -58,11 +63,15 @@ def step(z: Tensor, weights: Tensor, start: Tensor, reset: Tensor | None, erase:
     `erase` is 1 where what the key recalled is taken out of the value that is written, 0 where it
     stays. Gives read (B, H, D), weights, and error (B, H, D): value minus recalled, no gradient.
     """
-    # vmap and grad of torch.func take no node written by hand; these tensors tell them apart
-    if any(torch.func.debug_unwrap(x, recurse=False) is not x for x in (z, weights)):
+    # a compiler fuses by itself; vmap and grad of torch.func take no node written by hand
+    if torch.compiler.is_compiling() or _transformed(z) or _transformed(weights):
         return plain(z, weights, start, reset, erase)
     result: Result = Fused.apply(z, weights, start, reset, erase)
     return result
+
+
+def _transformed(x: Tensor) -> bool:
+    return torch.func.debug_unwrap(x, recurse=False) is not x
 
 
 def plain(z: Tensor, weights: Tensor, start: Tensor, reset: Tensor | None, erase: int) -> Result:

@@ -11,6 +11,7 @@ Shapes: B users, T time, H heads, D width of a head (keys and values alike).
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nested import linear
@@ -68,11 +69,13 @@ class LinearMemory(nn.Module):
 
     def read(self, x: Tensor, state: LinearState) -> Tensor:
         """What the memory answers to x (B, dim_in), nothing written: (B, dim_out)."""
-        z = self.project(x).to(self.start.dtype)
+        weight = self.into.weight.view(self.heads, -1, x.shape[-1])[:, : self.dim].flatten(0, 1)
+        bias = self.into.bias.view(self.heads, -1)[:, : self.dim].flatten()
+        z = F.linear(x, weight, bias).to(self.start.dtype)
         with linear.exact(z):
-            q = linear.parts(z, self.dim).qk[..., :1, :]
-            answer = (q @ state.weights).flatten(1)
-        return self.out(answer)
+            q, _ = linear.unit(z.view(len(x) * self.heads, 1, self.dim))
+            answer = torch.bmm(q, state.weights.reshape(-1, self.dim, self.dim))
+        return self.out(answer.view(len(x), -1))
 
     def scan(
         self, xs: Tensor, state: LinearState, resets: Tensor, chunk: int = 32
