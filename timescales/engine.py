@@ -103,7 +103,10 @@ class Timescales:
     def table(self) -> list[dict[str, Any]]:
         """The level table, a row for each level: JSON values only."""
         total = sum(t.numel() for t in self._live.values() if t.requires_grad)
-        return [describe_level(row.level, self.weights(n), total) for n, row in self._rows.items()]
+        return [
+            describe_level(row.level, self.weights(name), total, self._rows)
+            for name, row in self._rows.items()
+        ]
 
     def timeline(self, length: int, unit: str = "update") -> dict[str, list[int]]:
         """The counts of `unit` in 1..length at which each level would move by its flow."""
@@ -226,7 +229,7 @@ class Timescales:
             stacked, weights = given.sources[name]
             return [average(t, weights) for t in _pick(stacked, row, f"source {name!r}")]
         if name != "params" and name not in self._rows:
-            raise KeyError(
+            raise ValueError(
                 f"level {row.level.name!r} reads {name!r}, which is neither a level nor handed in "
                 f"at this tick (sources={{{name!r}: ...}}){_near(name, self._rows)}"
             )
@@ -235,7 +238,7 @@ class Timescales:
     def _rate(self, row: Row, rate: Rate, given: _Given) -> float | Tensors:
         if isinstance(rate, str):
             if rate not in given.rates:
-                raise KeyError(
+                raise ValueError(
                     f"level {row.level.name!r} takes its rate from {rate!r}, which was not handed "
                     f"in at this tick (rates={{{rate!r}: ...}})"
                 )
@@ -246,7 +249,7 @@ class Timescales:
 
     def _row(self, name: str) -> Row:
         if name not in self._rows:
-            raise KeyError(f"no level {name!r}; there are {list(self._rows)}")
+            raise ValueError(f"no level {name!r}; there are {list(self._rows)}")
         return self._rows[name]
 
     def _check(self, level: Level) -> None:

@@ -223,7 +223,17 @@ def _near(pattern: str, names: Sequence[str]) -> str:
     return f"; there are {_listed(sorted({name.split('.')[0] for name in names}))}"
 
 
-def describe_level(level: Level, tensors: Mapping[str, Tensor], total: int) -> dict[str, Any]:
+def handed_in(level: Level, known: Iterable[str]) -> list[str]:
+    """What a level expects at its ticks: sources and rates that are no level of the schedule."""
+    flow = [level.flow.source, level.flow.rate] if isinstance(level.flow, Pull) else []
+    reads = [*flow, *(x for r in level.relax for x in (r.to, r.rate)), *(r.to for r in level.reset)]
+    names = {name for name in reads if isinstance(name, str)}
+    return sorted(names - {*RESERVED, *known})
+
+
+def describe_level(
+    level: Level, tensors: Mapping[str, Tensor], total: int, known: Iterable[str]
+) -> dict[str, Any]:
     """One row of the level table: JSON values only."""
     count = sum(tensor.numel() for tensor in tensors.values())
     return {
@@ -241,4 +251,5 @@ def describe_level(level: Level, tensors: Mapping[str, Tensor], total: int) -> d
         "flow": str(level.flow) if level.flow is not None else "none",
         "relax": [str(relax) for relax in level.relax],
         "reset": [str(reset) for reset in level.reset],
+        "handed_in": handed_in(level, known),
     }

@@ -111,3 +111,13 @@ def test_the_table_tells_the_schedule():
     assert rows[1]["every"] == "every 4 update phase 1"
     assert rows[1]["relax"] == ["relax to init at 0.1"]
     assert rows[2]["flow"] == "pull to params at 0.02"
+    assert not any(row["handed_in"] for row in rows)
+
+
+def test_the_table_tells_what_ticks_must_hand_in():
+    levels = [
+        Level("all", match=".", flow=SGD, relax=(Relax("anchor", "fisher"), Relax("init", 0.1))),
+        Level("anchor", copy=".", flow=Pull("users", lambda updates: 0.5)),
+    ]
+    rows = Timescales(NAMED.items(), levels).table()
+    assert [row["handed_in"] for row in rows] == [["fisher"], ["users"]]
