@@ -23,6 +23,7 @@ from experiments.driver import Driver, Step
 from experiments.envs import make_envs
 from experiments.evaluate import contexts_of, evaluate
 from experiments.record import Checkpoints, Run
+from experiments.record.run import State
 from timescales import Ratio
 
 SEEDS = ("envs", "act", "learn", "replay", "prefill", "levels")  # one stream each
@@ -217,19 +218,24 @@ class Loop:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        ends: dict[type[BaseException] | None, State]
+        ends = {None: "finished", KeyboardInterrupt: "stopped"}
+        self.envs.close()
+        try:
+            self.draw(finished=kind is None)
+        finally:
+            self.run.finish(ends.get(kind, "failed"))
+            if self._uploader is not None:
+                self._uploader.finish()
+
+    def draw(self, finished: bool) -> None:
+        """The report; of a finished run also an open-loop prediction."""
         from experiments.predict import save_prediction  # pictures need matplotlib
         from experiments.record.report import report
 
-        self.envs.close()
-        if kind is None:
+        if finished:
             save_prediction(self.config, self.agent, self.run.path / "prediction.png")
         report(self.run.path)
-        if kind is None:
-            self.run.finish("finished")
-        else:
-            self.run.finish("stopped" if kind is KeyboardInterrupt else "failed")
-        if self._uploader is not None:
-            self._uploader.finish()
 
 
 def generator(device: torch.device, seed: int) -> torch.Generator:
