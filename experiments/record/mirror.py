@@ -38,8 +38,6 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GIT_PYTHON_REFRESH": "quiet",
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
 }
 
 
@@ -76,7 +74,8 @@ class Mirror:
         experiment = client.get_experiment_by_name(self.experiment)
         number = experiment.experiment_id if experiment else self._new_experiment(client)
         if not self._is_there(client):
-            names = {clean(n) for row in read(self.path / "metrics.jsonl") for n in row.metrics}
+            rows = read(self.path / "metrics.jsonl")
+            names = {metric_name(name) for row in rows for name in row.metrics}
             run = self._find_or_make(client, number)
             self._keep(experiment=number, run=run, sent={}, doubt=sorted(names))
         self._describe(client)
@@ -149,7 +148,8 @@ class Mirror:
             return found[0].info.run_id
         tags = {TAG_RUN: info["id"], "mlflow.user": _user()}
         start = int(info["created"] * 1000)
-        run = client.create_run(experiment, start_time=start, tags=tags, run_name=info["id"])
+        name = info["id"].removeprefix(f"{self.experiment}-")  # the experiment's name is beside it
+        run = client.create_run(experiment, start_time=start, tags=tags, run_name=name)
         return run.info.run_id
 
     def _reconcile(self, client: "MlflowClient") -> None:
@@ -203,7 +203,7 @@ def unsent(rows: Iterable[Row], marks: Mapping[str, int]) -> Iterator[Value]:
     marks = dict(marks)
     for row in rows:
         for key, value in row.metrics.items():
-            name = clean(key)
+            name = metric_name(key)
             if row.step > marks.get(name, -1):
                 marks[name] = row.step
                 # MLflow turns an infinity into 1.8e308, which flattens every chart.
@@ -238,6 +238,12 @@ def describe(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
         "folder": path.resolve(),
     }
     return {key: str(value) for key, value in tags.items() if value not in (None, "")}
+
+
+def metric_name(name: str) -> str:
+    """`levels/fast/updates` as `levels/fast.updates`: MLflow shows a section for each folder."""
+    head, slash, rest = name.partition("/")
+    return clean(head + slash + rest.replace("/", "."))
 
 
 def clean(name: str) -> str:

@@ -250,7 +250,7 @@ def finish_panel(axes: "Axes", facts: Facts, title: str, label: str) -> None:
 
 def say_if_empty(axes: "Axes") -> None:
     """A panel without data says so."""
-    if not axes.lines and not axes.collections:
+    if not axes.collections and not any(len(line.get_path()) for line in axes.lines):
         place = {"transform": axes.transAxes, "ha": "center", "va": "center"}
         axes.text(0.5, 0.5, "nothing recorded yet", color=FAINT, **place)
 

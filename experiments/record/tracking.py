@@ -19,6 +19,7 @@ from experiments.record.run import Run, RunError
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = "experiments.record.uploader"
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class Uploader:
@@ -53,7 +54,7 @@ class Uploader:
 def start_uploader(run: Run) -> Uploader:
     """Start copying a run to MLflow beside the training process; never raises."""
     path = run.path.resolve()
-    environment = os.environ | {"PYTHONPATH": _python_path()}
+    environment = os.environ | ONE_THREAD | {"PYTHONPATH": _python_path()}
     try:
         with (path / "uploader.log").open("ab") as log:
             process = subprocess.Popen(

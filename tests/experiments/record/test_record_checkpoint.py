@@ -337,7 +337,7 @@ print(last)
 """
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_loads_whole(tmp_path: Path, kills: int):
     command = [sys.executable, "-c", KILLS, str(tmp_path), str(kills)]
     found = subprocess.run(command, capture_output=True, text=True)
