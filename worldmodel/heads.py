@@ -71,8 +71,13 @@ class Binary(nn.Module):
 
 def unimix(logits: Tensor, mix: float) -> Tensor:
     """Probabilities (..., C): a softmax mixed with a `mix` share of the uniform distribution."""
-    probs = logits.float().softmax(-1)
+    probs = at_least_float32(logits).softmax(-1)
     return probs * (1 - mix) + mix / probs.shape[-1] if mix else probs
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, promoted from half precision: probabilities and losses are not rounded to it."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def race(shape: torch.Size | tuple[int, ...], generator: torch.Generator | None) -> Tensor:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nested import fast as fast_state
+from worldmodel.cell import Draw, Plain, Tape, Weights, enter, recur
 from worldmodel.heads import race, sample, unimix
-from worldmodel.nets import MLP, BlockLinear, Dense, RMSNorm, block_matmul
+from worldmodel.nets import MLP, BlockLinear, Dense, RMSNorm
 from worldmodel.types import Carry, Latent
 
-Recall = Callable[[Tensor, Any], tuple[Tensor, Any]]
+Recall = Callable[[Tensor, Tensor, Any], tuple[Tensor | None, Any]]
 MemoryUse = Literal["write", "read", "off"]
 
 
@@ -40,15 +41,6 @@ class Dream(NamedTuple):
     deter: Tensor  # (N, H + 1, D)
     stoch: Tensor  # (N, H + 1, S, C)
     action: Tensor  # (N, H + 1, A)
-
-
-class Hoisted(NamedTuple):
-    """Weights of the mixing layer, split by input once for a whole loop."""
-
-    deter: Tensor  # (G, D / G, D / G)
-    state: Tensor  # (2 * hidden, D)
-    action: Tensor  # (hidden, D)
-    memory: Tensor  # (hidden, D), or (0, D) without a memory
 
 
 class RSSM(nn.Module):
@@ -74,6 +66,7 @@ class RSSM(nn.Module):
         self.deter, self.hidden, self.stoch, self.classes = deter, hidden, stoch, classes
         self.blocks, self.mix = blocks, mix
         self.memory: Any = memory  # a module or None
+        self.readable = False  # True: the loop without nodes by hand
         inputs = 3 if memory is None else 4
         self.from_deter = Dense(deter, hidden)
         self.from_stoch = Dense(stoch * classes, hidden)
@@ -113,30 +106,26 @@ class RSSM(nn.Module):
         is set the fast weights go back to their initial state. `use`: what to do with them.
         """
         batch, length = first.shape
-        hoisted = self._hoist()
+        weights, shares = self._hoist()
+        cell = self._cell(weights, tokens)
         keep = (~first).to(tokens.dtype)[..., None]
-        embed, bias = self._embed(action * keep, hoisted)
-        layer = self.posterior_net.first
-        weight = layer.linear.weight
-        seen = F.linear(tokens, weight[self.deter :].t(), layer.linear.bias)
+        embed, bias = self._embed(action * keep, shares)
+        layer = self.posterior_net.first.linear
+        seen = F.linear(tokens, layer.weight[self.deter :].t(), layer.bias)
         noise = race((length, batch, self.stoch, self.classes), generator)
+        rows = zip(*(x.unbind(1) for x in (embed, bias, seen, keep, forget)), noise, strict=True)
         deter, stoch, fast = carry.latent.deter, carry.latent.stoch, carry.fast
-        deters, stochs, probs, fasts = [], [], [], []
-        for t in range(length):
-            deter, stoch = deter * keep[:, t], stoch.flatten(1) * keep[:, t]
-            recall = self._recall(use, forget[:, t])
-            deter, fast = self._core(deter, stoch, embed[:, t], bias[:, t], fast, recall, hoisted)
-            h = F.silu(layer.norm(seen[:, t] + deter @ weight[: self.deter]))
-            p = self._probs(self.posterior_net.out(h))
-            stoch = sample(p, noise[t]) + (p - p.detach())  # exactly one-hot
-            deters.append(deter)
-            stochs.append(stoch)
-            probs.append(p)
+        steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        fasts = []
+        for embed_t, bias_t, seen_t, keep_t, forget_t, noise_t in rows:
+            deter, x = cell.enter(deter, stoch.flatten(1), keep_t)
+            recalled, fast = self._recall(use, forget_t)(x, embed_t, fast)
+            deter, stoch, probs = cell.leave(deter, x, recalled, bias_t, seen_t, noise_t)
+            steps.append((deter, stoch, probs))
             fasts.append(fast_state.detach(fast))
         history = fast_state.tree_map(lambda *x: torch.stack(x, 1), *fasts)
-        out = Posterior(
-            torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(probs, 1), history
-        )
+        deters, stochs, all_probs = (torch.stack(x, 1) for x in zip(*steps, strict=True))
+        out = Posterior(deters, stochs, all_probs, history)
         return out, Carry(Latent(deter, stoch), fast)
 
     def prior(self, deter: Tensor) -> Tensor:
@@ -156,14 +145,18 @@ class RSSM(nn.Module):
 
         Without gradients: actors learn by the score function, world models by prediction.
         """
-        hoisted, recall = self._hoist(), self._recall(use)
+        weights, shares = self._hoist()
+        recall = self._recall(use)
         deter, stoch, fast = carry.latent.deter, carry.latent.stoch, carry.fast
         noise = race((horizon, len(deter), self.stoch, self.classes), generator)
+        keep = deter.new_ones(())
         deters, stochs, actions = [deter], [stoch], []
         for h in range(horizon):
             action = policy(torch.cat([deter, stoch.flatten(1)], -1))
-            embed, bias = self._embed(action, hoisted)
-            deter, fast = self._core(deter, stoch.flatten(1), embed, bias, fast, recall, hoisted)
+            embed, bias = self._embed(action, shares)
+            deter, x = enter(weights, deter, stoch.flatten(1), keep)
+            recalled, fast = recall(x, embed, fast)
+            deter = recur(weights, deter, x, recalled, bias)
             stoch = sample(self.prior(deter), noise[h])
             deters.append(deter)
             stochs.append(stoch)
@@ -171,39 +164,45 @@ class RSSM(nn.Module):
         actions.append(policy(torch.cat([deter, stoch.flatten(1)], -1)))
         return Dream(torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(actions, 1))
 
-    def _hoist(self) -> Hoisted:
+    def _hoist(self) -> tuple[Weights, Tensor]:
+        """What is recurrent, and the action's share (hidden, D) of the mixing layer."""
         weight, n = self.mixed.weight, self.deter // self.blocks
         shared = weight[:, n:].transpose(0, 1).reshape(-1, self.deter)
         sizes = [2 * self.hidden, self.hidden, len(shared) - 3 * self.hidden]
         state, action, memory = shared.split(sizes)
-        return Hoisted(weight[:, :n], state, action, memory)
+        first, out = self.posterior_net.first, self.posterior_net.out
+        a, b = self.from_deter, self.from_stoch
+        weights = Weights(
+            a.linear.weight,
+            a.linear.bias,
+            b.linear.weight,
+            b.linear.bias,
+            torch.stack([a.norm.weight, b.norm.weight]),
+            state,
+            weight[:, :n],
+            memory,
+            self.mixed_norm.weight,
+            self.gates.weight,
+            self.gates.bias,
+            first.linear.weight[: self.deter],
+            first.norm.weight,
+            out.weight,
+            out.bias,
+        )
+        return weights, action
 
-    def _embed(self, action: Tensor, hoisted: Hoisted) -> tuple[Tensor, Tensor]:
-        """Embedded action (..., hidden) and its share of the mixing layer (..., D)."""
+    def _cell(self, weights: Weights, like: Tensor) -> Plain | Tape:
+        """Nodes by hand where gradients are wanted; they know neither autocast nor torch.func."""
+        draw = Draw(self.stoch, self.classes, self.mix)
+        mixed_precision = torch.is_autocast_enabled(like.device.type)
+        transformed = torch.func.debug_unwrap(like, recurse=False) is not like
+        readable = self.readable or mixed_precision or transformed or not torch.is_grad_enabled()
+        return Plain(weights, draw) if readable else Tape(weights, draw)
+
+    def _embed(self, action: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded action (..., hidden) and its part of the mixing layer (..., D)."""
         embed = self.from_action(action / action.abs().clamp(min=1.0))
-        return embed, F.linear(embed, hoisted.action.t(), self.mixed.bias)
-
-    def _core(
-        self,
-        deter: Tensor,
-        stoch: Tensor,
-        embed: Tensor,
-        bias: Tensor,
-        fast: Any,
-        recall: Recall,
-        hoisted: Hoisted,
-    ) -> tuple[Tensor, Any]:
-        """The block GRU: (B, D), (B, S * C), embedded action -> (B, D) and fast weights."""
-        x = torch.cat([self.from_deter(deter), self.from_stoch(stoch)], -1)
-        mixed = torch.addmm(bias, x, hoisted.state) + block_matmul(deter, hoisted.deter)
-        if self.memory is not None:
-            y, fast = recall(torch.cat([x, embed], -1), fast)
-            mixed = torch.addmm(mixed, y, hoisted.memory)
-        gates = self.gates(F.silu(self.mixed_norm(mixed)))
-        reset, candidate, update = gates.view(len(deter), self.blocks, 3, -1).unbind(2)
-        candidate = torch.tanh(reset.sigmoid() * candidate)
-        update = (update - 1).sigmoid()
-        return torch.lerp(deter.view_as(update), candidate, update).flatten(1), fast
+        return embed, F.linear(embed, share.t(), self.mixed.bias)
 
     def _probs(self, logits: Tensor) -> Tensor:
         return unimix(logits.unflatten(-1, (self.stoch, self.classes)), self.mix)
@@ -211,16 +210,16 @@ class RSSM(nn.Module):
     def _recall(self, use: MemoryUse, reset: Tensor | None = None) -> Recall:
         """How a step meets the fast weights: writes, then reads; reads only; or ignores them."""
         if self.memory is None:
-            return lambda x, fast: (x, fast)
+            return lambda x, embed, fast: (None, fast)
         memory = self.memory
 
-        def write(x: Tensor, fast: Any) -> tuple[Tensor, Any]:
-            return memory(x, fast, reset)
+        def write(x: Tensor, embed: Tensor, fast: Any) -> tuple[Tensor, Any]:
+            return memory(torch.cat([x, embed], -1), fast, reset)
 
-        def read(x: Tensor, fast: Any) -> tuple[Tensor, Any]:
-            return memory.read(x, fast), fast
+        def read(x: Tensor, embed: Tensor, fast: Any) -> tuple[Tensor, Any]:
+            return memory.read(torch.cat([x, embed], -1), fast), fast
 
-        def off(x: Tensor, fast: Any) -> tuple[Tensor, Any]:
-            return x.new_zeros(len(x), self.hidden), fast
+        def off(x: Tensor, embed: Tensor, fast: Any) -> tuple[None, Any]:
+            return None, fast
 
         return {"write": write, "read": read, "off": off}[use]

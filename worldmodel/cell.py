@@ -1,0 +1,323 @@
+"""The recurrent step of the RSSM: its mathematics, and the same as nodes with a backward by hand.
+
+On a CPU a time loop costs as many small operations as it makes. `enter`, `recur` and `infer` are
+the step as the paper (arXiv 2301.04104) writes it. `Tape` runs the same as two autograd nodes a
+step that leave out every gradient of a weight: what those need is kept on the tape, and turned
+into one product over all of time when the backward pass comes out at the weights. The two agree
+to rounding, and second derivatives and torch.func use the readable one.
+
+Shapes: B batch, D deterministic state in G blocks, h hidden, S x C stochastic state.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from worldmodel.heads import sample, unimix
+from worldmodel.nets import EPSILON, block_matmul
+
+aten: Any = torch.ops.aten
+
+
+class Weights(NamedTuple):
+    """All that is recurrent, as a loop needs it; `mix_memory` has no rows without a memory."""
+
+    deter_in: Tensor  # (D, h)
+    deter_bias: Tensor  # (h,)
+    stoch_in: Tensor  # (S * C, h)
+    stoch_bias: Tensor  # (h,)
+    scale_in: Tensor  # (2, h)
+    mix_state: Tensor  # (2 h, D)
+    mix_deter: Tensor  # (G, D / G, D / G)
+    mix_memory: Tensor  # (h, D) or (0, D)
+    mix_scale: Tensor  # (D,)
+    gates: Tensor  # (G, D / G, 3 D / G)
+    gates_bias: Tensor  # (3 D,)
+    post_deter: Tensor  # (D, h)
+    post_scale: Tensor  # (h,)
+    post_out: Tensor  # (h, S * C)
+    post_bias: Tensor  # (S * C,)
+
+
+class Draw(NamedTuple):
+    """How the stochastic state is drawn."""
+
+    stoch: int
+    classes: int
+    mix: float
+
+
+def rms(x: Tensor, scale: Tensor) -> Tensor:
+    """x (..., n) over its root mean square, times scale (n,)."""
+    return F.rms_norm(x, scale.shape, scale, EPSILON)
+
+
+def enter(w: Weights, deter: Tensor, stoch: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """What is left of deter (B, D) where keep (B, 1) is one, and both states embedded (B, 2 h)."""
+    deter = deter * keep
+    a = rms(torch.addmm(w.deter_bias, deter, w.deter_in), w.scale_in[0])
+    b = rms(torch.addmm(w.stoch_bias, stoch * keep, w.stoch_in), w.scale_in[1])
+    return deter, F.silu(torch.cat([a, b], -1))
+
+
+def recur(w: Weights, deter: Tensor, x: Tensor, recalled: Tensor | None, bias: Tensor) -> Tensor:
+    """The block GRU: deter (B, D), x (B, 2 h), recalled (B, h), bias (B, D) -> deter (B, D)."""
+    mixed = torch.addmm(bias, x, w.mix_state) + block_matmul(deter, w.mix_deter)
+    if recalled is not None:
+        mixed = torch.addmm(mixed, recalled, w.mix_memory)
+    gates = block_matmul(F.silu(rms(mixed, w.mix_scale)), w.gates) + w.gates_bias
+    reset, candidate, update = gates.view(len(deter), len(w.gates), 3, -1).unbind(2)
+    candidate = torch.tanh(reset.sigmoid() * candidate)
+    update = (update - 1).sigmoid()
+    return torch.lerp(deter.view_as(update), candidate, update).flatten(1)
+
+
+def infer(
+    w: Weights, draw: Draw, deter: Tensor, seen: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Draw from the posterior: one-hot (B, S, C) with straight-through gradients, and its probs."""
+    hidden = F.silu(rms(torch.addmm(seen, deter, w.post_deter), w.post_scale))
+    logits = torch.addmm(w.post_bias, hidden, w.post_out)
+    probs = unimix(logits.view(-1, draw.stoch, draw.classes), draw.mix)
+    return sample(probs, noise) + (probs - probs.detach()), probs  # exactly one-hot
+
+
+class Plain:
+    """The step as written above."""
+
+    def __init__(self, weights: Weights, draw: Draw):
+        self.weights, self.draw = weights, draw
+
+    def enter(self, deter: Tensor, stoch: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """See `enter`."""
+        return enter(self.weights, deter, stoch, keep)
+
+    def leave(
+        self,
+        deter: Tensor,
+        x: Tensor,
+        recalled: Tensor | None,
+        bias: Tensor,
+        seen: Tensor,
+        noise: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """New deter (B, D), stoch (B, S, C) and its probabilities."""
+        deter = recur(self.weights, deter, x, recalled, bias)
+        return deter, *infer(self.weights, self.draw, deter, seen, noise)
+
+
+class Tape:
+    """The step in two nodes; keeps what the gradients of the weights are made of.
+
+    Records are tagged with the backward pass that left them, so that a pass which ended before it
+    reached the weights leaves nothing to the next one.
+    """
+
+    def __init__(self, weights: Weights, draw: Draw):
+        self.draw = draw
+        self.records: dict[str, list[tuple[int, tuple[Tensor, ...]]]] = {"enter": [], "leave": []}
+        self.weights = Weights(*(w.detach() for w in weights))
+        self.token: Tensor = Collect.apply(self, *weights)
+
+    def enter(self, deter: Tensor, stoch: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Plain.enter`."""
+        return Enter.apply(self.token, deter, stoch, keep, self)
+
+    def leave(
+        self,
+        deter: Tensor,
+        x: Tensor,
+        recalled: Tensor | None,
+        bias: Tensor,
+        seen: Tensor,
+        noise: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Plain.leave`."""
+        return Leave.apply(self.token, deter, x, recalled, bias, seen, noise, self)
+
+    def record(self, kind: str, *tensors: Tensor) -> None:
+        """Keep one step's share of the weights' gradients."""
+        self.records[kind].append((graph_task(), tensors))
+
+    def take(self, kind: str) -> list[Tensor]:
+        """This pass's records of all steps, joined along the batch; forgets them."""
+        steps = [tensors for task, tensors in self.records[kind] if task == graph_task()]
+        self.records[kind] = []
+        return [torch.cat(column) for column in zip(*steps, strict=True)]
+
+
+def graph_task() -> int:
+    """Number of the backward pass that is running."""
+    return torch._C._current_graph_task_id()  # pyright: ignore
+
+
+def normalise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., n) over its root mean square, and what it was multiplied by (..., 1)."""
+    factor = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(EPSILON).rsqrt_().unsqueeze(-1)
+    return x * factor, factor
+
+
+def normalise_back(grad: Tensor, normal: Tensor, factor: Tensor) -> Tensor:
+    """Gradient of `normalise`, from that of its result."""
+    share = torch.linalg.vecdot(grad, normal).div_(-grad.shape[-1]).unsqueeze(-1)
+    return torch.addcmul(grad, normal, share).mul_(factor)
+
+
+class Enter(torch.autograd.Function):
+    """`enter` as one node."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, token: Tensor, deter: Tensor, stoch: Tensor, keep: Tensor, tape: Tape
+    ) -> tuple[Tensor, Tensor]:
+        w = tape.weights
+        deter, stoch = deter * keep, stoch * keep
+        linear = torch.stack(
+            [
+                torch.addmm(w.deter_bias, deter, w.deter_in),
+                torch.addmm(w.stoch_bias, stoch, w.stoch_in),
+            ],
+            1,
+        )
+        normal, factor = normalise(linear)
+        scaled = normal * w.scale_in
+        ctx.tape, ctx.saved = tape, (deter, stoch, keep, normal, factor, scaled)
+        return deter, F.silu(scaled).flatten(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        g_deter, g_x = grads
+        w: Weights = ctx.tape.weights
+        deter, stoch, keep, normal, factor, scaled = ctx.saved
+        g_scaled = aten.silu_backward(g_x.view_as(scaled), scaled)
+        g_linear = normalise_back(g_scaled * w.scale_in, normal, factor)
+        a, b = g_linear.unbind(1)
+        ctx.tape.record("enter", deter, stoch, g_linear, g_scaled, normal)
+        g_deter = torch.addmm(g_deter, a, w.deter_in.t()).mul_(keep)
+        return None, g_deter, (b @ w.stoch_in.t()).mul_(keep), None, None
+
+
+class Leave(torch.autograd.Function):
+    """`recur`, then `infer`, as one node."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        token: Tensor,
+        deter: Tensor,
+        x: Tensor,
+        recalled: Tensor | None,
+        bias: Tensor,
+        seen: Tensor,
+        noise: Tensor,
+        tape: Tape,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        w, draw = tape.weights, tape.draw
+        mixed = torch.addmm(bias, x, w.mix_state).add_(block_matmul(deter, w.mix_deter))
+        if recalled is not None:
+            mixed = torch.addmm(mixed, recalled, w.mix_memory)
+        normal, factor = normalise(mixed)
+        scaled = normal * w.mix_scale
+        hidden = F.silu(scaled)
+        gates = block_matmul(hidden, w.gates) + w.gates_bias
+        r, c, u = gates.view(len(deter), len(w.gates), 3, -1).unbind(2)
+        reset, update = r.sigmoid(), (u - 1).sigmoid_()
+        candidate = torch.tanh(reset * c)
+        old = deter.view_as(update)
+        new = torch.lerp(old, candidate, update).flatten(1)
+        post, post_factor = normalise(torch.addmm(seen, new, w.post_deter))
+        post_scaled = post * w.post_scale
+        post_hidden = F.silu(post_scaled)
+        logits = torch.addmm(w.post_bias, post_hidden, w.post_out)
+        soft = logits.view(-1, draw.stoch, draw.classes).softmax(-1)
+        probs = soft * (1 - draw.mix) + draw.mix / draw.classes if draw.mix else soft
+        ctx.tape = tape
+        ctx.recurrent = (deter, x, recalled, normal, factor, scaled, hidden)
+        ctx.gates = (reset, c, candidate, update, old)
+        ctx.posterior = (new, post, post_factor, post_scaled, post_hidden, soft)
+        return new, sample(probs, noise), probs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        g_new, g_stoch, g_probs = grads
+        w: Weights = ctx.tape.weights
+        deter, x, recalled, normal, factor, scaled, hidden = ctx.recurrent
+        g_seen, g_new, posterior = _posterior_back(ctx, w, g_new, g_stoch + g_probs)
+        g_old, g_gates = _gates_back(ctx.gates, g_new)
+        g_hidden = block_matmul(g_gates, w.gates.mT)
+        g_scaled = aten.silu_backward(g_hidden, scaled)
+        g_mixed = normalise_back(g_scaled * w.mix_scale, normal, factor)
+        g_deter = g_old.add_(block_matmul(g_mixed, w.mix_deter.mT))
+        memory = () if recalled is None else (recalled,)
+        recurrent = (deter, x, g_mixed, g_scaled, normal, hidden, g_gates)
+        ctx.tape.record("leave", *recurrent, *posterior, *memory)
+        g_recalled = None if recalled is None else g_mixed @ w.mix_memory.t()
+        g_x = g_mixed @ w.mix_state.t()
+        return None, g_deter, g_x, g_recalled, g_mixed, g_seen, None, None
+
+
+def _posterior_back(
+    ctx: Any, w: Weights, g_new: Tensor, g_probs: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Gradients of `seen` and of the new deter, and what the weights need."""
+    new, post, factor, scaled, hidden, soft = ctx.posterior
+    g_soft = g_probs * (1 - ctx.tape.draw.mix)
+    g_logits = aten._softmax_backward_data(g_soft, soft, -1, soft.dtype).flatten(1)
+    g_scaled = aten.silu_backward(g_logits @ w.post_out.t(), scaled)
+    g_seen = normalise_back(g_scaled * w.post_scale, post, factor)
+    g_new = torch.addmm(g_new, g_seen, w.post_deter.t())
+    return g_seen, g_new, (new, g_seen, g_scaled, post, hidden, g_logits)
+
+
+def _gates_back(saved: tuple[Tensor, ...], g_new: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the old deter (B, D) and of the gates before their non-linearities (B, 3 D)."""
+    reset, c, candidate, update, old = saved
+    g_new = g_new.view_as(update)
+    g_candidate = g_new * update
+    g_update = aten.sigmoid_backward(g_new * (candidate - old), update)
+    g_inner = aten.tanh_backward(g_candidate, candidate)
+    g_reset = aten.sigmoid_backward(g_inner * c, reset)
+    gates = torch.stack([g_reset, g_inner * reset, g_update], 2)
+    return (g_new - g_candidate).flatten(1), gates.flatten(1)
+
+
+class Collect(torch.autograd.Function):
+    """Gives the token every step takes; its backward, the last, makes the weights' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, *weights: Tensor) -> Tensor:
+        ctx.tape = tape
+        return weights[0].new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        w: Weights = ctx.tape.weights
+        deter, stoch, g_linear, g_scaled, normal = ctx.tape.take("enter")
+        a, b = g_linear.unbind(1)
+        entering = (deter.t() @ a, a.sum(0), stoch.t() @ b, b.sum(0), (g_scaled * normal).sum(0))
+        old, x, g_mixed, g_scaled, normal, hidden, g_gates, *rest = ctx.tape.take("leave")
+        new, g_seen, g_post, post, g_in, g_logits, *memory = rest
+        recalled = memory[0].t() @ g_mixed if memory else None
+        mixing = (x.t() @ g_mixed, block_outer(old, g_mixed, len(w.gates)), recalled)
+        gating = (block_outer(hidden, g_gates, len(w.gates)), g_gates.sum(0))
+        posterior = (
+            new.t() @ g_seen,
+            (g_post * post).sum(0),
+            g_in.t() @ g_logits,
+            g_logits.sum(0),
+        )
+        return None, *entering, *mixing, (g_scaled * normal).sum(0), *gating, *posterior
+
+
+def block_outer(x: Tensor, grad: Tensor, blocks: int) -> Tensor:
+    """Gradient (G, in, out) of the weight of `block_matmul`, from x (N, G in), grad (N, G out)."""
+    if blocks == 1:
+        return (x.t() @ grad)[None]
+    rows = x.view(len(x), blocks, -1).permute(1, 2, 0)
+    return torch.bmm(rows, grad.view(len(grad), blocks, -1).transpose(0, 1))
