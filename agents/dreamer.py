@@ -115,8 +115,7 @@ class Dreamer(nn.Module):
         with torch.no_grad():
             reward = self.world.reward.mean(self.world.reward(feature))
             live = self.world.continues(feature).sigmoid()
-            slow = functional_call(self.critic, dict(slow_critic), (feature,))
-            slow_value = self.critic.mean(slow)
+        slow_value = self._slow_value(feature, slow_critic)
         logits = self.critic(feature)
         value = self.critic.mean(logits.detach())
         returns = lambda_return(reward, live, torch.ones_like(live), value, self.lam)
@@ -127,9 +126,7 @@ class Dreamer(nn.Module):
         entropy = self.actor.entropy(params)
         log_prob = self.actor.log_prob(params, dream.action[:, :-1])
         policy = -weight * (log_prob * advantage + self.entropy * entropy)
-        regular = self.critic.loss(logits[:, :-1], slow_value[:, :-1])
-        error = self.critic.loss(logits[:, :-1], returns)
-        critic = weight * (error + self.slow_regularizer * regular)
+        critic = weight * self._value_loss(logits[:, :-1], returns, slow_value[:, :-1])
         shape = (len(posterior.deter), -1)
         losses = {"policy": policy.mean(1).view(shape), "value": critic.mean(1).view(shape)}
         metrics = {
@@ -157,9 +154,17 @@ class Dreamer(nn.Module):
         live = (~terminal).float() * self.world.discount
         target = lambda_return(batch.reward[:, -k:], live, (~last).float(), returns, self.lam)
         logits = self.critic(feature)
-        with torch.no_grad():
-            slow = functional_call(self.critic, dict(slow_critic), (feature,))
-            slow_value = self.critic.mean(slow)
-        error = self.critic.loss(logits[:, :-1], target)
-        regular = self.critic.loss(logits[:, :-1], slow_value[:, :-1])
-        return (~last[:, :-1]).float() * (error + self.slow_regularizer * regular)
+        slow_value = self._slow_value(feature, slow_critic)
+        loss = self._value_loss(logits[:, :-1], target, slow_value[:, :-1])
+        return (~last[:, :-1]).float() * loss
+
+    @torch.no_grad()
+    def _slow_value(self, feature: Tensor, slow_critic: Mapping[str, Tensor]) -> Tensor:
+        """The slow critic's values (...) of features (..., F)."""
+        return self.critic.mean(functional_call(self.critic, dict(slow_critic), (feature,)))
+
+    def _value_loss(self, logits: Tensor, target: Tensor, slow_value: Tensor) -> Tensor:
+        """Error against returns, and against the slow critic as a regulariser."""
+        logp = logits.log_softmax(-1)
+        regular = self.critic.loss_of(logp, slow_value)
+        return self.critic.loss_of(logp, target) + self.slow_regularizer * regular

@@ -42,12 +42,15 @@ class TwoHot(nn.Module):
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy (...) of the two-hot encoding of `target` (...)."""
+        return self.loss_of(logits.log_softmax(-1), target)
+
+    def loss_of(self, logp: Tensor, target: Tensor) -> Tensor:
+        """`loss` of log-probabilities (..., bins), for several targets of one prediction."""
         target = target.float().clamp(self.bins[0], self.bins[-1])
         above = torch.searchsorted(self.bins, target.contiguous(), right=True)
         above = above.clamp(1, len(self.bins) - 1)
         low, high = self.bins[above - 1], self.bins[above]
         share = (target - low) / (high - low)
-        logp = logits.log_softmax(-1)
         down = logp.gather(-1, above[..., None] - 1)[..., 0]
         up = logp.gather(-1, above[..., None])[..., 0]
         return -(down * (1 - share) + up * share)
