@@ -203,6 +203,11 @@ def serve(port: int) -> "subprocess.Popen[bytes]":
     )
 
 
+def stop(server: "subprocess.Popen[bytes]") -> None:
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_server_killed_and_restarted_gets_every_point_once(tmp_path: Path):
@@ -220,7 +225,7 @@ def test_a_server_killed_and_restarted_gets_every_point_once(tmp_path: Path):
             time.sleep(0.1)
             if pending(run.path) <= step or time.monotonic() > until:
                 break
-        os.killpg(server.pid, signal.SIGKILL)
+        stop(server)
         for more in range(step + 1, step + 100):
             run.log(more, {"loss/a": more})
             time.sleep(0.05)
@@ -235,5 +240,5 @@ def test_a_server_killed_and_restarted_gets_every_point_once(tmp_path: Path):
                 time.sleep(1)
         counts, status = counted(run)
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
+        stop(server)
     assert len(counts) == sum(counts.values()) == step + 100 and status == "FINISHED"
