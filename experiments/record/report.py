@@ -115,8 +115,12 @@ def draw_title(figure: "Figure", facts: Facts) -> None:
     rows, config = facts.rows, facts.config
     took = rows[-1].wall - facts.run.info["created"] if rows else 0.0
     environment = str((config.get("env") or {}).get("id", ""))
-    frames = f"{rows[-1].step if rows else 0:,} frames in {duration(took)}"
-    parts = [environment, schedule_text(facts.levels), frames, facts.run.state]
+    step, state = rows[-1].step if rows else 0, facts.run.state
+    planned = config.get("frames") or step
+    frames = f"{step:,}" if step >= planned else f"{step:,} of {planned:,}"
+    ending = state if state in ("failed", "stopped") else ""
+    schedule, spent = schedule_text(facts.levels), f"{frames} frames in {duration(took)}"
+    parts = [environment, schedule, spent, ending]
     figure.text(0.055, 0.967, facts.run.id, fontsize=18, fontweight="bold", color=INK)
     figure.text(0.055, 0.943, "   ·   ".join(filter(None, parts)), fontsize=11.5, color="#555555")
     figure.text(0.055, 0.919, outcome(facts), fontsize=11.5, color=INK)

@@ -50,6 +50,14 @@ def test_it_shows_the_run_its_phases_levels_and_units(tmp_path: Path):
         assert word in text
 
 
+def test_a_run_that_was_cut_short_says_so(tmp_path: Path):
+    run = make_run(tmp_path, frames=500, state="stopped")
+    config = run.path / "config.yaml"
+    config.write_text(config.read_text().replace("frames: 500", "frames: 24000"))
+    text = words(draw(gather(run.path)))
+    assert "500 of 24,000 frames in" in text and "stopped" in text
+
+
 def test_phases_shade_every_panel_that_counts_frames(tmp_path: Path):
     figure = draw(gather(make_run(tmp_path).path))
     shaded = [axes for axes in figure.axes if axes.patches]
