@@ -1,9 +1,22 @@
-"""Statistics against values worked out by hand and against coverage that must come out."""
+"""Benchmarks: statistics against values worked out by hand, suites from end to end when tiny."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from experiments.benchmarks import inference
+from experiments.benchmarks.inference import configured
 from experiments.benchmarks.statistics import bootstrap, iqm, mean, paired_bootstrap
+from experiments.build import build_agent
+from nested import fast
+from worldmodel import ActionSpec, ObsSpec, WorldModel
+from worldmodel.heads import kl, sample
+
+ACTIONS = ActionSpec("discrete", (2,))
+WIDTHS = ["model.deter=16", "model.hidden=8", "model.units=8", "model.stoch=4", "model.classes=4"]
 
 
 def test_iqm_is_the_mean_of_the_middle_half():
@@ -47,3 +60,83 @@ def test_values_that_are_no_pairs_are_refused():
         paired_bootstrap(np.zeros(3), np.zeros(2), rng)
     with pytest.raises(ValueError, match="one value a seed"):
         bootstrap(np.zeros((2, 2)), rng)
+
+
+# ---- inference ---------------------------------------------------------------------------------
+CONTEXTS = ("normal", "flipped", "long", "heavy")
+
+
+def small_world() -> WorldModel:
+    return build_agent(configured(0, WIDTHS), {"state": ObsSpec("vector", (4,))}, ACTIONS).world
+
+
+def filtered_rows(slots: int = 3, steps: int = 6) -> tuple[WorldModel, inference.Rows]:
+    world = small_world()
+    columns = inference.record(["normal"] * slots, steps, 0.5, seed=3)
+    return world, inference.filtered(world, columns, seed=0)
+
+
+def test_the_balancer_keeps_the_pole_up_in_every_context():
+    columns = inference.record([name for name in CONTEXTS for _ in range(16)], 200, 0.25, seed=1)
+    assert columns["first"].reshape(4, -1).sum(1).max() <= 20  # 16 episodes begin at the start
+    assert columns["obs.state"].shape == (64, 200, 4)
+    assert 0.3 < columns["action"][..., 1].mean() < 0.7
+
+
+def test_prediction_is_the_loss_of_the_world_model_at_the_prior():
+    world, rows = filtered_rows()
+    first = torch.zeros(3, 6, dtype=torch.bool)
+    found = inference.play(inference.adapter_of(world, 0.1), rows, first, 1)["frozen"]
+    prior = world.dynamics.prior(rows.deter[:, 2])
+    decoded = world.decoder(rows.deter[:, 2], sample(prior, rows.noise[:, 2]))
+    errors = world.decoder.losses(decoded, {"state": rows.obs["state"][:, 2]})["state"]
+    parts = torch.stack([errors, kl(rows.posterior[:, 2], prior)], 1).detach().numpy()
+    assert found[:, 2, 1:] == pytest.approx(parts, abs=1e-5)
+    assert found[..., 0] == pytest.approx(found[..., 1:].sum(-1), abs=1e-5)
+
+
+def test_inner_steps_start_from_frozen_weights_lower_the_loss_and_end_with_the_episode():
+    world, rows = filtered_rows(steps=1)
+    rows = inference.Rows(
+        *(fast.tree_map(lambda x: x.expand(-1, 8, *x.shape[2:]), r) for r in rows)
+    )
+    first = torch.zeros(3, 8, dtype=torch.bool)
+    first[1, 4] = True
+    found = inference.play(inference.adapter_of(world, 0.03), rows, first, 1)
+    frozen, adapted = found["frozen"][..., 0], found["adapted"][..., 0]
+    assert adapted[:, 0] == pytest.approx(frozen[:, 0], rel=1e-6)
+    assert (adapted[::2, 7] < 0.9 * frozen[::2, 7]).all()  # one and the same row, seen seven times
+    assert adapted[1, 4] == pytest.approx(frozen[1, 4], rel=1e-6)
+    assert found["swapped"][:, 0, 0] == pytest.approx(frozen[:, 0], rel=1e-6)
+    assert not np.allclose(found["swapped"][:, 7, 0], adapted[:, 7])
+
+
+def test_a_slot_learns_from_its_own_rows_only():
+    world, rows = filtered_rows()
+    first = torch.zeros(3, 6, dtype=torch.bool)
+    adapter = inference.adapter_of(world, 0.1)
+    one = inference.play(adapter, rows, first, 1)["adapted"]
+    rows.obs["state"][2] += 1.0
+    other = inference.play(adapter, rows, first, 1)["adapted"]
+    assert np.array_equal(one[:2], other[:2])
+    assert not np.allclose(one[2], other[2])
+
+
+def test_inference_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["--seeds", "2", "--updates", "2", "--steps", "8", "--slots", "2", "--rate", "0.1"]
+    assert inference.main([*words, "--out", str(tmp_path), *WIDTHS]) == 0
+    assert "as given" in capsys.readouterr().out
+    result = json.loads((tmp_path / "inference.json").read_text())
+    row = result["contexts"]["flipped"]["prediction"]
+    gains = row["frozen - adapted"]
+    assert len(row["frozen"]) == 4
+    assert gains["episode"]["value"] == pytest.approx(
+        np.mean(row["frozen"]) - np.mean(row["adapted"]), abs=1e-6
+    )
+    assert len(gains["by seed"]) == 2
+    assert len(list(tmp_path.glob("world-*.safetensors"))) == 2
+    assert (tmp_path / "inference.png").stat().st_size > 10_000
+    # a second run finds the worlds and says the same
+    inference.main([*words, "--json", "--out", str(tmp_path), *WIDTHS])
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again["contexts"] == result["contexts"]
