@@ -3,7 +3,7 @@
 The same configuration is trained twice through the command line: once in one piece, once killed
 with SIGKILL at seeded moments over the whole run (while starting, learning and writing a
 checkpoint), resumed after each. Final checkpoints, replay and metrics must be equal bit for bit;
-only wall clocks (`wall`, `time/*`) may differ. Without a terminal it prints one line a kill.
+only wall clocks (`wall`, `time/*`) may differ. Prints a line for each kill, and a verdict.
 """
 
 import argparse
@@ -26,10 +26,9 @@ from experiments.record import Checkpoints
 from experiments.record.metrics import read, tail
 
 ROOT = Path(__file__).resolve().parents[2]
-PAUSE = 5e-4  # seconds between two looks at a folder
 SAVED = re.compile(r"\d+-(\d+)\.json")  # a checkpoint's manifest names its frame
 MOMENTS = ("starting", "learning", "writing", "learning", "writing")  # in turn
-LONGEST = {"starting": 6.0, "learning": 0.5, "writing": 0.005}  # seconds until the kill
+LONGEST = {"starting": 4.0, "learning": 0.5, "writing": 0.005}  # seconds until the kill
 
 # Three levels of periods 1, 4 and 16 and a fast memory; an update for each step of the
 # environment, and checkpoints that fall on ever different phases of the slow level's window.
@@ -114,6 +113,7 @@ class Trainee:
         self.root = root
         self._command = ["train", *fields, f"tracking.root={root}"]
         self._process: subprocess.Popen[bytes] | None = None
+        self._left: set[str] = set()  # half written before this start
         root.mkdir(parents=True)
 
     @property
@@ -136,9 +136,12 @@ class Trainee:
 
     @property
     def writing(self) -> str | None:
-        """The file of a checkpoint that is half written."""
+        """The file of a checkpoint that this process is writing, or was when it was killed."""
+        return next(iter(self._half_written() - self._left), None)
+
+    def _half_written(self) -> set[str]:
         found = self.path.glob("checkpoints/*.tmp") if self.path else iter(())
-        return next((file.name for file in found), None)
+        return {file.name for file in found}
 
     @property
     def alive(self) -> bool:
@@ -149,6 +152,7 @@ class Trainee:
         """Begin, or go on with what a kill left."""
         resume = ["--resume", str(self.path)] if self.path else []
         words = [*self._command, *resume]
+        self._left = self._half_written()
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         with (self.root / "output.txt").open("ab") as output:
             self._process = subprocess.Popen(
@@ -199,19 +203,21 @@ def strike(trainee: Trainee, kill: Kill) -> str | None:
     """Start the trainee and kill it as planned; what it was at, None if it ended before that."""
     trainee.start()
     if kill.moment != "starting":
-        wait(trainee, lambda: trainee.frame >= kill.frame)
+        wait(trainee, lambda: trainee.frame >= kill.frame, pause=0.05)
     if kill.moment == "writing":
-        wait(trainee, lambda: trainee.writing is not None)
+        wait(trainee, lambda: trainee.writing is not None, pause=5e-4)
     time.sleep(kill.delay)
     if not trainee.kill():
         return None
-    return f"writing {trainee.writing}" if trainee.writing else kill.moment
+    if trainee.writing:
+        return f"writing {trainee.writing}"
+    return f"{kill.delay:.1f} s after its start" if kill.moment == "starting" else kill.moment
 
 
-def wait(trainee: Trainee, until: Callable[[], bool]) -> None:
-    """Until it is so, or the process has ended."""
+def wait(trainee: Trainee, until: Callable[[], bool], pause: float) -> None:
+    """Look every `pause` seconds until it is so, or the process has ended."""
     while trainee.alive and not until():
-        time.sleep(PAUSE)
+        time.sleep(pause)
 
 
 # ---- the benchmark -----------------------------------------------------------------------------

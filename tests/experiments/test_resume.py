@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments import load_config, train
+from experiments.benchmarks import kill
 from experiments.benchmarks.kill import differences, remains
 from experiments.loop import Loop
 from experiments.record import CheckpointError, Checkpoints, Run
@@ -168,3 +169,18 @@ def test_differences_are_found(whole):
         assert any(key.startswith(name) for key in found), name
     assert {"state.generator", "replay.obs.state", "metrics.3.loss/dyn"} <= set(found)
     assert not any("time/" in key or "wall" in key for key in found)
+
+
+def test_kills_are_spread_over_the_run_and_follow_from_the_seed():
+    kills = kill.plan(20, 4800, seed=0)
+    assert kills == kill.plan(20, 4800, seed=0) != kill.plan(20, 4800, seed=1)
+    for number, one in enumerate(kills):
+        assert number * 4800 * 0.96 / 20 - 1 <= one.frame <= (number + 1) * 4800 * 0.96 / 20
+    assert {one.moment for one in kills} == {"starting", "learning", "writing"}
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on(capsys):
+    """SIGKILL while it starts, while it learns and while it writes a checkpoint."""
+    assert kill.main(["--kills", "3", "--frames", "1200", "--folder", "both"]) == 0
+    assert "equal: state, replay and metrics after 3 kills" in capsys.readouterr().out
