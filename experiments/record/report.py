@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AGENT_LOSSES = ("policy", "value", "repvalue")
+NAMES = {"default": "evaluation"}  # the context of an environment that has none
 LAST = 3  # evaluations behind a score in the title
 ZOOM = 256  # updates in the raster, at most
 STYLE: dict[Any, Any] = {
@@ -158,7 +159,8 @@ def draw_returns(axes: "Axes", facts: Facts) -> None:
         axes.axhline(cap, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
         lines.append(Line(f"cap {cap:g}", [0.0], [cap], INK))
     axes.margins(y=0.07)
-    label_ends(axes, [*lines, train._replace(y=smooth(train.y))])
+    named = [line._replace(name=NAMES.get(line.name, line.name)) for line in lines]
+    label_ends(axes, [*named, train._replace(y=smooth(train.y))])
     episodes = (facts.config.get("evaluate") or {}).get("episodes")
     each = f", mean of {episodes} episodes a point" if episodes else ""
     finish_panel(axes, facts, f"Evaluation return{each}; training return in grey", "return")
@@ -214,7 +216,7 @@ def draw_updates(axes: "Axes", facts: Facts) -> None:
     """Updates of each level so far."""
     lines = level_lines(facts, "updates")
     axes.set_yscale("log")
-    for line in lines:
+    for line in reversed(lines):  # a copy that keeps step with a level lies below it
         axes.plot(line.x, line.y, color=line.colour, linewidth=1.9)
     label_ends(axes, lines, ",.0f")
     finish_panel(axes, facts, "Updates of each level", "updates so far (log scale)")
