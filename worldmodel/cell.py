@@ -109,22 +109,40 @@ class Plain:
         return deter, *infer(self.weights, self.draw, deter, seen, noise)
 
 
-class Tape:
-    """The step in two nodes; keeps what the gradients of the weights are made of.
+class Records:
+    """What one loop's nodes share: the weights, and what their gradients are made of.
 
     Records are tagged with the backward pass that left them, so that a pass which ended before it
     reached the weights leaves nothing to the next one.
     """
 
     def __init__(self, weights: Weights, draw: Draw):
-        self.draw = draw
-        self.records: dict[str, list[tuple[int, tuple[Tensor, ...]]]] = {"enter": [], "leave": []}
         self.weights = Weights(*(w.detach() for w in weights))
-        self.token: Tensor = Collect.apply(self, *weights)
+        self.draw = draw
+        self._steps: dict[str, list[tuple[int, tuple[Tensor, ...]]]] = {"enter": [], "leave": []}
+
+    def add(self, kind: str, *tensors: Tensor) -> None:
+        """Keep one step's share of the weights' gradients."""
+        self._steps[kind].append((graph_task(), tensors))
+
+    def take(self, kind: str) -> list[Tensor]:
+        """This pass's records of all steps, joined along the batch; forgets them."""
+        steps = [tensors for task, tensors in self._steps[kind] if task == graph_task()]
+        self._steps[kind] = []
+        return [torch.cat(column) for column in zip(*steps, strict=True)]
+
+
+class Tape:
+    """The step in two nodes, for one loop."""
+
+    def __init__(self, weights: Weights, draw: Draw):
+        # the nodes know the records and not the token: a graph that holds itself is never freed
+        self.records = Records(weights, draw)
+        self.token: Tensor = Collect.apply(self.records, *weights)
 
     def enter(self, deter: Tensor, stoch: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         """As `Plain.enter`."""
-        return Enter.apply(self.token, deter, stoch, keep, self)
+        return Enter.apply(self.token, deter, stoch, keep, self.records)
 
     def leave(
         self,
@@ -136,17 +154,7 @@ class Tape:
         noise: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `Plain.leave`."""
-        return Leave.apply(self.token, deter, x, recalled, bias, seen, noise, self)
-
-    def record(self, kind: str, *tensors: Tensor) -> None:
-        """Keep one step's share of the weights' gradients."""
-        self.records[kind].append((graph_task(), tensors))
-
-    def take(self, kind: str) -> list[Tensor]:
-        """This pass's records of all steps, joined along the batch; forgets them."""
-        steps = [tensors for task, tensors in self.records[kind] if task == graph_task()]
-        self.records[kind] = []
-        return [torch.cat(column) for column in zip(*steps, strict=True)]
+        return Leave.apply(self.token, deter, x, recalled, bias, seen, noise, self.records)
 
 
 def graph_task() -> int:
@@ -171,9 +179,9 @@ class Enter(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, token: Tensor, deter: Tensor, stoch: Tensor, keep: Tensor, tape: Tape
+        ctx: Any, token: Tensor, deter: Tensor, stoch: Tensor, keep: Tensor, records: Records
     ) -> tuple[Tensor, Tensor]:
-        w = tape.weights
+        w = records.weights
         deter, stoch = deter * keep, stoch * keep
         linear = torch.stack(
             [
@@ -184,19 +192,20 @@ class Enter(torch.autograd.Function):
         )
         normal, factor = normalise(linear)
         scaled = normal * w.scale_in
-        ctx.tape, ctx.saved = tape, (deter, stoch, keep, normal, factor, scaled)
+        ctx.records = records
+        ctx.save_for_backward(deter, stoch, keep, normal, factor, scaled)
         return deter, F.silu(scaled).flatten(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         g_deter, g_x = grads
-        w: Weights = ctx.tape.weights
-        deter, stoch, keep, normal, factor, scaled = ctx.saved
+        w: Weights = ctx.records.weights
+        deter, stoch, keep, normal, factor, scaled = ctx.saved_tensors
         g_scaled = aten.silu_backward(g_x.view_as(scaled), scaled)
         g_linear = normalise_back(g_scaled * w.scale_in, normal, factor)
         a, b = g_linear.unbind(1)
-        ctx.tape.record("enter", deter, stoch, g_linear, g_scaled, normal)
+        ctx.records.add("enter", deter, stoch, g_linear, g_scaled, normal)
         g_deter = torch.addmm(g_deter, a, w.deter_in.t()).mul_(keep)
         return None, g_deter, (b @ w.stoch_in.t()).mul_(keep), None, None
 
@@ -214,9 +223,9 @@ class Leave(torch.autograd.Function):
         bias: Tensor,
         seen: Tensor,
         noise: Tensor,
-        tape: Tape,
+        records: Records,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        w, draw = tape.weights, tape.draw
+        w, draw = records.weights, records.draw
         mixed = torch.addmm(bias, x, w.mix_state).add_(block_matmul(deter, w.mix_deter))
         if recalled is not None:
             mixed = torch.addmm(mixed, recalled, w.mix_memory)
@@ -235,38 +244,40 @@ class Leave(torch.autograd.Function):
         logits = torch.addmm(w.post_bias, post_hidden, w.post_out)
         soft = logits.view(-1, draw.stoch, draw.classes).softmax(-1)
         probs = soft * (1 - draw.mix) + draw.mix / draw.classes if draw.mix else soft
-        ctx.tape = tape
-        ctx.recurrent = (deter, x, recalled, normal, factor, scaled, hidden)
-        ctx.gates = (reset, c, candidate, update, old)
-        ctx.posterior = (new, post, post_factor, post_scaled, post_hidden, soft)
+        ctx.records = records
+        recurrent = (deter, x, recalled, normal, factor, scaled, hidden)
+        gating = (reset, c, candidate, update, old)
+        posterior = (new, post, post_factor, post_scaled, post_hidden, soft)
+        ctx.save_for_backward(*recurrent, *gating, *posterior)
         return new, sample(probs, noise), probs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         g_new, g_stoch, g_probs = grads
-        w: Weights = ctx.tape.weights
-        deter, x, recalled, normal, factor, scaled, hidden = ctx.recurrent
-        g_seen, g_new, posterior = _posterior_back(ctx, w, g_new, g_stoch + g_probs)
-        g_old, g_gates = _gates_back(ctx.gates, g_new)
+        w, draw = ctx.records.weights, ctx.records.draw
+        saved = ctx.saved_tensors
+        deter, x, recalled, normal, factor, scaled, hidden = saved[:7]
+        g_soft = (g_stoch + g_probs) * (1 - draw.mix)
+        g_seen, g_new, posterior = _posterior_back(saved[12:], w, g_new, g_soft)
+        g_old, g_gates = _gates_back(saved[7:12], g_new)
         g_hidden = block_matmul(g_gates, w.gates.mT)
         g_scaled = aten.silu_backward(g_hidden, scaled)
         g_mixed = normalise_back(g_scaled * w.mix_scale, normal, factor)
         g_deter = g_old.add_(block_matmul(g_mixed, w.mix_deter.mT))
         memory = () if recalled is None else (recalled,)
         recurrent = (deter, x, g_mixed, g_scaled, normal, hidden, g_gates)
-        ctx.tape.record("leave", *recurrent, *posterior, *memory)
+        ctx.records.add("leave", *recurrent, *posterior, *memory)
         g_recalled = None if recalled is None else g_mixed @ w.mix_memory.t()
         g_x = g_mixed @ w.mix_state.t()
         return None, g_deter, g_x, g_recalled, g_mixed, g_seen, None, None
 
 
 def _posterior_back(
-    ctx: Any, w: Weights, g_new: Tensor, g_probs: Tensor
+    saved: tuple[Tensor, ...], w: Weights, g_new: Tensor, g_soft: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Gradients of `seen` and of the new deter, and what the weights need."""
-    new, post, factor, scaled, hidden, soft = ctx.posterior
-    g_soft = g_probs * (1 - ctx.tape.draw.mix)
+    new, post, factor, scaled, hidden, soft = saved
     g_logits = aten._softmax_backward_data(g_soft, soft, -1, soft.dtype).flatten(1)
     g_scaled = aten.silu_backward(g_logits @ w.post_out.t(), scaled)
     g_seen = normalise_back(g_scaled * w.post_scale, post, factor)
@@ -290,18 +301,18 @@ class Collect(torch.autograd.Function):
     """Gives the token every step takes; its backward, the last, makes the weights' gradients."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, *weights: Tensor) -> Tensor:
-        ctx.tape = tape
+    def forward(ctx: Any, records: Records, *weights: Tensor) -> Tensor:
+        ctx.records = records
         return weights[0].new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        w: Weights = ctx.tape.weights
-        deter, stoch, g_linear, g_scaled, normal = ctx.tape.take("enter")
+        w, take = ctx.records.weights, ctx.records.take
+        deter, stoch, g_linear, g_scaled, normal = take("enter")
         a, b = g_linear.unbind(1)
         entering = (deter.t() @ a, a.sum(0), stoch.t() @ b, b.sum(0), (g_scaled * normal).sum(0))
-        old, x, g_mixed, g_scaled, normal, hidden, g_gates, *rest = ctx.tape.take("leave")
+        old, x, g_mixed, g_scaled, normal, hidden, g_gates, *rest = take("leave")
         new, g_seen, g_post, post, g_in, g_logits, *memory = rest
         recalled = memory[0].t() @ g_mixed if memory else None
         mixing = (x.t() @ g_mixed, block_outer(old, g_mixed, len(w.gates)), recalled)

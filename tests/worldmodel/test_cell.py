@@ -1,5 +1,8 @@
 """The step with a backward by hand agrees with the one that autograd differentiates."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -72,3 +75,23 @@ def test_the_readable_step_serves_where_nodes_by_hand_cannot():
 def _check_plain(dynamics: RSSM, tokens: torch.Tensor) -> torch.Tensor:
     assert isinstance(dynamics._cell(dynamics._hoist()[0], tokens), Plain)
     return tokens
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_graph_is_freed_with_its_last_reference(backward: bool):
+    dynamics = rssm(memory=True, blocks=2, readable=False)
+    gc.disable()
+    try:
+        tokens = torch.randn(4, 7, 8, dtype=torch.float64)
+        batch = make_batch(action=DISCRETE)
+        rows = (tokens, batch.action.double(), batch.first, batch.first)
+        out, last = dynamics.observe(dynamics.initial(4), *rows)
+        held = weakref.ref(tokens)  # by the graph, for the gradient of a weight
+        if backward:
+            out.stoch.square().sum().backward()
+        del tokens, rows
+        assert backward or held() is not None
+        del out, last
+        assert held() is None
+    finally:
+        gc.enable()
