@@ -204,7 +204,10 @@ def _say_done(path: Path, uri: str | None) -> None:
         print(f"report  {path / 'report.png'}")
     print(f"act     nested eval {path}")
     if uri:
-        print(f"mlflow  mlflow ui --backend-store-uri {uri}")
+        from experiments.record import opening
+
+        for line in opening(path) or [f"mlflow ui --backend-store-uri {uri}"]:
+            print(f"mlflow  {line}")
 
 
 # ---- eval, schedule ----------------------------------------------------------------------------

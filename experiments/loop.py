@@ -221,10 +221,10 @@ class Loop:
         ends: dict[type[BaseException] | None, State]
         ends = {None: "finished", KeyboardInterrupt: "stopped"}
         self.envs.close()
+        self.run.finish(ends.get(kind, "failed"))
         try:
             self.draw(finished=kind is None)
         finally:
-            self.run.finish(ends.get(kind, "failed"))
             if self._uploader is not None:
                 self._uploader.finish()
 
