@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.benchmarks import inference
+from experiments.benchmarks import inference, learning
 from experiments.benchmarks.inference import configured
 from experiments.benchmarks.statistics import bootstrap, iqm, mean, paired_bootstrap
 from experiments.build import build_agent
+from experiments.config import ConfigError, load_config
+from experiments.loop import Loop
+from experiments.record import runs
 from nested import fast
 from worldmodel import ActionSpec, ObsSpec, WorldModel
 from worldmodel.heads import kl, sample
@@ -140,3 +143,59 @@ def test_inference_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
     inference.main([*words, "--json", "--out", str(tmp_path), *WIDTHS])
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert again["contexts"] == result["contexts"]
+
+
+# ---- learning ----------------------------------------------------------------------------------
+SHORT = [
+    *WIDTHS, "frames=60", "train.prefill=20", "train.ratio=2", "replay.length=4", "replay.batch=2",
+    "env.num=4", "env.contexts=[]", "evaluate.every=20", "evaluate.episodes=2", "env.time_limit=9",
+    "model.memory.kind=none", "tracking.mlflow=false", "checkpoint.every=20",
+]  # fmt: skip
+
+
+def curve(seed: int, frames: list[int], returns: list[float]) -> learning.Curve:
+    return learning.Curve(seed, np.array(frames, float), np.array(returns, float), 7.0)
+
+
+def test_the_table_says_what_the_curves_hold():
+    curves = [curve(0, [0, 10, 20, 30], [1, 5, 9, 7]), curve(1, [0, 10, 30], [3, 3, 3])]
+    text = learning.table({"default": curves}, 8.0)
+    _, first, second, mean, reaches = text.splitlines()
+    assert first.split() == ["0", "7.0", "7.0", "9.0", "20", "7"]
+    assert second.split() == ["1", "3.0", "3.0", "3.0", "-", "7"]
+    assert mean.startswith("mean of the last 3 evaluations over 2 seeds: 5.0 [3.0, 7.0]")
+    assert reaches.endswith("reaches 8 never")
+    frames, values = learning.mean_curve(curves)
+    assert frames.tolist() == [0, 10, 30]
+    assert values.tolist() == [2, 4, 5]
+    assert learning.reached(curves[0], 5.0) == 10
+
+
+def test_a_seed_is_trained_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stop(loop: Loop) -> int:
+        if loop.frame > 40:
+            raise KeyboardInterrupt
+        return 0
+
+    words = ["--preset", "default", "--root", "found", "--out", "docs/curve.png", "--seeds", "1"]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Loop, "updates_due", stop)
+        learning.main([*words, *SHORT])
+    assert [status.state for status in runs(Path("found"))] == ["stopped"]
+    assert learning.main([*words, "--threshold", "9", *SHORT]) == 0  # it goes on
+    assert "over 1 seed" in capsys.readouterr().out
+    config = load_config("default", ["seed=0", "tracking.root=found", *SHORT])
+    path = learning.train_seed(config)  # it is taken as it is
+    assert [(status.state, status.path) for status in runs(Path("found"))] == [("finished", path)]
+    assert learning.curves_of(path)["default"].frames.tolist() == [0, 20, 40, 60]
+    assert Path("docs/curve.png").stat().st_size > 5_000
+    other = load_config("default", ["seed=0", "tracking.root=found", *SHORT, "agent.horizon=3"])
+    assert learning.is_of(path, config)
+    assert not learning.is_of(path, other)
+
+
+def test_nothing_to_train_is_a_mistake():
+    with pytest.raises(ConfigError, match="nothing to train"):
+        learning.main(["--seeds", "0"])
