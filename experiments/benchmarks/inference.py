@@ -126,7 +126,8 @@ def world_of(seed: int, size: Size, overrides: Sequence[str], folder: Path) -> W
         return agent.world
     world = train_world(agent, seed, size)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(world.state_dict(), path)
+    save_file(world.state_dict(), path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)  # whole or not at all
     return world
 
 
@@ -348,7 +349,12 @@ def run(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run, and write inference.json and inference.png into --out."""
-    parser = argparse.ArgumentParser(prog="nested bench inference", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="nested bench inference",
+        description=__doc__,
+        epilog="example:\n  nested bench inference --seeds 10 --out runs/inference",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--seeds", type=int, default=10, help="reported seeds (default 10)")
     parser.add_argument("--updates", type=int, default=Size().updates, help="of the world model")
     parser.add_argument("--steps", type=int, default=Size().steps, help="of an episode")
