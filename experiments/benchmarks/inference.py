@@ -41,6 +41,11 @@ CLIP = 1.0  # of a slot's gradient, in L2 norm
 QUARTERS = 4
 PARTS = ("prediction", "observation", "kl")  # the first is the sum of the others
 ARMS = ("frozen", "adapted", "swapped")
+LABELS = {
+    "frozen": "frozen weights",
+    "adapted": "a step after every observation",
+    "swapped": "control: what a slot of another context has learned",
+}
 
 
 class Size(NamedTuple):
@@ -292,22 +297,25 @@ def draw(found: Mapping[str, np.ndarray], path: Path, rate: float) -> None:
     with rc_context(STYLE):
         figure = Figure(figsize=(15, 4.4), layout="constrained")
         figure.suptitle(
-            f"One-step prediction loss within an episode: frozen weights, and an inner gradient "
-            f"step (rate {rate:g}) after every observation; {seeds} seeds, bands 95 %"
+            f"Prediction of the next observation within an episode, with inner gradient steps "
+            f"of rate {rate:g}; {seeds} seeds, bands 95 %"
         )
         for c, (name, axes) in enumerate(zip(CONTEXTS, figure.subplots(1, 4), strict=True)):
             for arm, colour in colours.items():
                 values = smooth(found[arm][:, c, :, 0])
                 draws = values[rng.integers(0, seeds, (500, seeds))].mean(1)
                 low, high = np.quantile(draws, [0.025, 0.975], axis=0)
-                axes.plot(values.mean(0), color=colour, linewidth=1.8, label=arm)
+                axes.plot(values.mean(0), color=colour, linewidth=1.8, label=LABELS[arm])
                 axes.fill_between(np.arange(steps), low, high, color=colour, alpha=0.2, linewidth=0)
             axes.set_yscale("log")
             axes.set_title(f"{name} (trained)" if name == TRAINED else name)
             axes.set_xlabel("step of the episode")
             axes.grid(axis="y")
             axes.set_ylabel("observation error + KL (nats)" if c == 0 else "")
-            axes.legend(frameon=False, fontsize=8)
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+            axes.tick_params(axis="y", which="minor", labelsize=7)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
         figure.savefig(path, dpi=110, facecolor="white")
 
 
