@@ -22,8 +22,8 @@ from experiments.data.replay import Replay
 from experiments.driver import Driver, Step
 from experiments.envs import make_envs
 from experiments.evaluate import contexts_of, evaluate
-from experiments.record import Checkpoints, Run
-from experiments.record.run import State
+from experiments.record import CheckpointError, Checkpoints, Loaded, Run, RunError
+from experiments.record.run import ENDS, State
 from timescales import Ratio
 
 SEEDS = ("envs", "act", "learn", "replay", "prefill", "levels")  # one stream each
@@ -69,16 +69,34 @@ class Loop:
 
     @classmethod
     def resume(cls, config: Config, path: Path) -> Self:
-        """An existing run, as its last whole checkpoint left it; from the start before any."""
+        """An existing run, as its last whole checkpoint left it; from the start before any.
+
+        Raises RunError for a checkpoint that does not fit the configuration.
+        """
         loop = cls(config, lambda: Run.open(path))
+        before = loop.run.state
         loop.run.start()
-        loaded = loop.checkpoints.load()
+        try:
+            loaded = loop.checkpoints.load()
+            if loaded is not None:
+                loop._restore(loaded)
+        except (CheckpointError, RunError):
+            loop.run.finish(before if before in ENDS else "stopped")
+            raise
         if loaded is None:
             loop._begin()
-            return loop
-        loop.replay.restore(loaded.segments.get("replay", []))
-        loop.load_state_dict(loaded.state)
         return loop
+
+    def _restore(self, loaded: Loaded) -> None:
+        try:
+            self.load_state_dict(loaded.state)
+            self.replay.restore(loaded.segments.get("replay", []))
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).partition("\n")[0].replace("; ", ", ")
+            raise RunError(
+                f"its checkpoint does not fit the configuration: {reason}; "
+                "resume without changes of env, model, replay or levels"
+            ) from error
 
     def _begin(self) -> None:
         """The level table, first evaluation and first checkpoint; what was there goes."""

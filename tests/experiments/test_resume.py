@@ -15,7 +15,7 @@ from experiments import load_config, train
 from experiments.benchmarks import kill
 from experiments.benchmarks.kill import differences, remains
 from experiments.loop import Loop
-from experiments.record import CheckpointError, Checkpoints, Run
+from experiments.record import CheckpointError, Checkpoints, Run, RunError
 from experiments.record.metrics import read
 
 FIELDS = (
@@ -160,6 +160,22 @@ def test_a_finished_run_stays_as_it_is(whole):
     before = remains(path)
     train(load_config(str(path), []), resume=path)
     assert remains(path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("model.units=16", "state_dict"),
+        ("env.num=1", "slots"),
+        ("replay.length=6", "replay"),
+        ("timescales.k=2", "the saved levels are"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(whole, change, told):
+    path = whole(MAIN)
+    with pytest.raises(RunError, match=rf"does not fit the configuration: .*{told}.*; resume"):
+        train(configure(path.parent, f"{MAIN} {change}"), resume=path)
+    assert Run.open(path).state == "finished"
 
 
 def test_differences_are_found(whole):
