@@ -71,7 +71,7 @@ def act(
     config: Config, agent: Dreamer, generator: torch.Generator, num: int, length: int, seed: int
 ) -> list[Row]:
     """Rows of `num` slots, until each had an episode of `length` rows or patience ends."""
-    envs = make_envs(config.env, num, seed)
+    envs = make_envs(config.env.model_copy(update={"workers": "inprocess"}), num, seed)
     driver = Driver(agent, envs, generator)
     age, enough = np.zeros(num, np.int64), np.zeros(num, bool)
     rows: list[Row] = []
