@@ -7,7 +7,7 @@ the KL from posterior to prior. The same weights without steps see the same rows
 Episodes are acted by a hand-written balancer that knows the context: only prediction is tested.
 The inner learning rate is chosen on seeds that are not reported. `swapped` is the control: slots
 that use what a slot of another context has learned must not gain. In the trained context there is
-something to gain too, since training leaves the KL alone below its free nats and this loss does not.
+something to gain too: training leaves the KL alone below its free nats, and this loss does not.
 """
 
 import argparse
