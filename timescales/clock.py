@@ -40,7 +40,8 @@ class Every:
     def __str__(self) -> str:
         phase = f" phase {self.phase}" if self.phase else ""
         chance = f" p {self.p:g}" if self.p < 1.0 else ""
-        return f"every {self.n} {self.unit}{phase}{chance}"
+        period = self.unit if self.n == 1 else f"{self.n} {self.unit}s"
+        return f"every {period}{phase}{chance}"
 
 
 class Counters:

@@ -108,7 +108,7 @@ def test_the_table_tells_the_schedule():
     assert [row["kind"] for row in rows] == ["match", "match", "copy"]
     assert sum(row["share"] for row in rows[:2]) == pytest.approx(1.0)
     assert rows[0]["flow"].startswith("descend AdamW(lr=0.5")
-    assert rows[1]["every"] == "every 4 update phase 1"
+    assert rows[1]["every"] == "every 4 updates phase 1"
     assert rows[1]["relax"] == ["relax to init at 0.1"]
     assert rows[2]["flow"] == "pull to params at 0.02"
     assert not any(row["handed_in"] for row in rows)
