@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,13 +146,13 @@ def text(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--rounds", type=int, default=15, help="paired rounds (default 15)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     torch.set_num_threads(asked.threads)
     torch.manual_seed(0)
     result = measure(asked.rounds)

@@ -244,7 +244,7 @@ def test_schedule_prints_table_and_timeline(capsys):
         line for line in out.splitlines() if line.strip().startswith("mid1 ") and "·" in line
     )
     assert "···█" * 8 in line
-    assert "every 256 update; first at 256" in out
+    assert "every 256 updates; first at 256" in out
 
 
 def test_bench_hands_the_rest_to_the_suite(monkeypatch, capsys):
