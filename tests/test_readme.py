@@ -97,7 +97,7 @@ def test_documented_commands_exist(capsys: pytest.CaptureFixture[str]):
 
 
 def test_documented_presets_and_extras_exist():
-    named = re.search(r"Presets: (.*?);", README, re.DOTALL)
+    named = re.search(r"Presets:\s(.*?);", README, re.DOTALL)
     assert named is not None
     assert set(re.findall(r"`(\w+)`", named[1])) == set(presets())
     project = (ROOT / "pyproject.toml").read_text("utf-8")
