@@ -26,7 +26,7 @@ FIELDS = (
     "evaluate.every=0 evaluate.episodes=1 tracking.mlflow=false"
 )
 FIRST = 16  # the frame of the first update; one more every two frames
-LEVELS = "timescales.kind=geometric timescales.base=2 timescales.k=3"
+LEVELS = "timescales.kind=geometric timescales.base=2 timescales.k=3 timescales.rule.kind=adamw"
 MEMORY = "model.memory.kind=gated_delta model.memory.dim=8"
 SHIFT = "env.contexts=[normal,flipped,long]"
 CARTPOLE = "env.id=CartPole-v1 env.contexts=[]"
@@ -183,7 +183,7 @@ def test_differences_are_found(whole):
     found = differences(path, other)
     for name in ("state.agent.critic", "state.timescales.levels.slow.window", "state.driver.carry"):
         assert any(key.startswith(name) for key in found), name
-    assert {"state.generator", "replay.obs.state", "metrics.3.loss/dyn"} <= set(found)
+    assert {"state.generator", "replay.obs.state", "metrics.3.loss/state"} <= set(found)
     assert not any("time/" in key or "wall" in key for key in found)
 
 
