@@ -52,7 +52,7 @@ class Draw(NamedTuple):
 
 def rms(x: Tensor, scale: Tensor) -> Tensor:
     """x (..., n) over its root mean square, times scale (n,)."""
-    return F.rms_norm(x, scale.shape, scale, EPSILON)
+    return F.rms_norm(x, scale.shape, scale.to(x.dtype), EPSILON)
 
 
 def enter(w: Weights, deter: Tensor, stoch: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from worldmodel.nets import (
     Linear,
     RMSNorm,
     init_weight,
+    norm_silu,
     symlog,
 )
 from worldmodel.types import ObsSpec
@@ -113,7 +114,7 @@ class Encoder(nn.Module):
         lead = x.shape[:-3]
         x = x.reshape(-1, *x.shape[-3:]).float() / 255 - 0.5
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.silu(norm(conv(x)))
+            x = norm_silu(norm, conv(x))
         return x.reshape(*lead, -1)
 
 
@@ -189,7 +190,7 @@ class Decoder(nn.Module):
     def _images(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
         x = self.space(deter, stoch)
         for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
-            x = F.silu(norm(conv(x)))
+            x = norm_silu(norm, conv(x))
         x = self.convs[-1](x).sigmoid()
         parts = x.split([self.spec[key].shape[2] for key in self.images], -1)
         return dict(zip(self.images, parts, strict=True))
@@ -224,4 +225,4 @@ class SpatialInput(nn.Module):
         x = self.deter(deter).view(-1, self.blocks, height, width, channels // self.blocks)
         x = x.permute(0, 2, 3, 1, 4).reshape(-1, height, width, channels)
         y = self.mix(self.stoch(stoch)).view(-1, height, width, channels)
-        return F.silu(self.norm(x + y))
+        return norm_silu(self.norm, x + y)

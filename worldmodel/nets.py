@@ -7,12 +7,15 @@ the part of the layer that one input sees: what is not recurrent is then hoisted
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 EPSILON = 1e-4
+MANY = 1 << 15  # elements from which a node by hand pays for its overhead
 
 
 def init_weight(weight: Tensor, fan_in: int, scale: float = 1.0) -> None:
@@ -70,7 +73,40 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(n))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, EPSILON)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), EPSILON)
+
+
+def norm_silu(norm: RMSNorm, x: Tensor) -> Tensor:
+    """silu(norm(x)): for many rows as one node with a backward by hand, else as written."""
+    transformed = torch.func.debug_unwrap(x, recurse=False) is not x
+    mixed = x.dtype != norm.weight.dtype
+    if x.numel() < MANY or mixed or transformed or not torch.is_grad_enabled():
+        return F.silu(norm(x))
+    return NormSiLU.apply(x, norm.weight)
+
+
+class NormSiLU(torch.autograd.Function):
+    """RMS norm over the last axis, then SiLU; differentiated by parts, it takes three times longer.
+
+    With n = x / rms(x): dx = (dn - n mean(dn n)) / rms(x).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        factor = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(EPSILON).rsqrt_().unsqueeze(-1)
+        normal = x * factor
+        ctx.save_for_backward(normal, factor, weight)
+        return F.silu(normal * weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore
+        normal, factor, weight = ctx.saved_tensors
+        grad = torch.ops.aten.silu_backward(grads[0], normal * weight)
+        g_weight = (grad * normal).flatten(0, -2).sum(0)
+        grad.mul_(weight)
+        share = torch.linalg.vecdot(grad, normal).div_(-weight.numel()).unsqueeze(-1)
+        return grad.addcmul_(normal, share).mul_(factor), g_weight
 
 
 class Dense(nn.Module):
@@ -82,7 +118,7 @@ class Dense(nn.Module):
         self.norm = RMSNorm(n_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(self.norm(self.linear(x)))
+        return norm_silu(self.norm, self.linear(x))
 
 
 class MLP(nn.Module):
