@@ -125,7 +125,9 @@ def _scales(value: Any) -> Any:
 class AgentConfig(Frozen):
     horizon: Count = Field(default=15, description="imagined steps")
     starts: int = Field(
-        default=0, ge=0, description="last rows of each sequence that imagination starts from; 0 is all"
+        default=0,
+        ge=0,
+        description="last rows of each sequence that imagination starts from; 0 is all",
     )
     discount: float = Field(default=333, gt=1, description="horizon h of the discount 1 - 1/h")
     lam: Rate = Field(default=0.95, description="lambda of the returns")
