@@ -58,6 +58,10 @@ class EnvConfig(Frozen):
     time_limit: int = Field(
         default=0, ge=0, description="steps of an episode; 0 is the environment's own"
     )
+    units: dict[str, tuple[Annotated[float, Field(gt=0)], ...]] = Field(
+        default_factory=dict,
+        description="vector observation -> what each of its dimensions is divided by",
+    )
 
 
 class NoMemory(Frozen):

@@ -19,6 +19,7 @@ from experiments.config.models import EnvConfig
 from experiments.envs import cartpole, crafter, minigrid
 from experiments.envs.adapter import GymEnvs
 from experiments.envs.rows import Envs
+from experiments.envs.scale import Scaled
 from experiments.envs.slot import Slot
 from experiments.envs.spaces import Observations
 
@@ -33,7 +34,11 @@ FAMILIES = {
 
 def make_envs(config: EnvConfig, num: int | None = None, seed: int = 0) -> Envs:
     """N slots of the configured environment; `num` replaces the configured number of slots."""
-    num = config.num if num is None else num
+    envs = _make_envs(config, config.num if num is None else num, seed)
+    return Scaled(envs, config.units) if config.units else envs
+
+
+def _make_envs(config: EnvConfig, num: int, seed: int) -> Envs:
     if config.id == cartpole.ID:
         return _cartpole(config, num, seed)
     opening = Opening(find(config.id), config.pixels, dict(config.kwargs), config.time_limit)

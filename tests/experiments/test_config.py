@@ -154,7 +154,7 @@ def test_level_changes_inside_a_kind():
 def test_rules_have_the_fields_of_timescales_rules(kind):
     from timescales import rules
 
-    config = load(f"timescales.rule.kind={kind}", "timescales.lr_power=0")
+    config = load(f"timescales={{kind: geometric, k: 3, lr_power: 0, rule: {{kind: {kind}}}}}")
     flow = level(config, "fast").flow
     assert flow is not None and flow.kind == "descend" and flow.rule is not None
     factory = inspect.signature(getattr(rules, kind)).parameters

@@ -162,3 +162,23 @@ def test_mistakes_name_the_thing(monkeypatch: pytest.MonkeyPatch):
         envs.step(np.zeros((4, 3), np.float32))
     with pytest.raises(ValueError, match="3 slots loaded into 4"):
         envs.load_state_dict({f"slot{i}": {} for i in range(3)})
+
+
+def test_units_divide_vector_observations_and_nothing_else():
+    units = (0.5, 2.0, 0.1, 1.0)
+    plain = make_envs(config("CartPole-v1"), seed=3)
+    scaled = make_envs(config("CartPole-v1", units={"state": units}), seed=3)
+    for a, b in zip(
+        [plain.reset(), *rollout(plain, 40)], [scaled.reset(), *rollout(scaled, 40)], strict=True
+    ):
+        np.testing.assert_array_equal(b.obs["state"], a.obs["state"] / np.float32(units))
+        assert_rows_equal(b._replace(obs=a.obs), a)
+    again = make_envs(config("CartPole-v1", units={"state": units}), seed=3)
+    row = again.load_state_dict(scaled.state_dict())
+    np.testing.assert_array_equal(row.obs["state"], b.obs["state"])
+
+
+@pytest.mark.parametrize("units", [{"stat": (1.0,) * 4}, {"state": (1.0,) * 3}])
+def test_units_that_do_not_fit_are_named(units: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"there are \{'state': \(4,\)\}"):
+        make_envs(config("CartPole-v1", units=units))
