@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from agents.heads import Actor, Critic
-from agents.returns import ReturnScale, lambda_return
+from agents.returns import ReturnScale, lambda_return, standardized
 from worldmodel import Batch, Carry, Posterior, WorldModel, features
 from worldmodel.rssm import MemoryUse
 
@@ -30,7 +30,8 @@ class Dreamer(nn.Module):
     """A world model with an actor and a critic that learn in imagination.
 
     horizon: steps imagined from each start; starts: how many of the last steps of each sequence
-    imagination starts from (0: all); imagine_memory: how imagination meets fast weights.
+    imagination starts from (0: all); imagine_memory: how imagination meets fast weights;
+    standardize: advantages get mean 0 and deviation 1 in each batch, as DreamerV3's code offers.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Dreamer(nn.Module):
         entropy: float = 3e-4,
         slow_regularizer: float = 1.0,
         imagine_memory: MemoryUse = "read",
+        standardize: bool = False,
     ):
         super().__init__()
         self.world, self.actor, self.critic = world, actor, critic
@@ -52,6 +54,7 @@ class Dreamer(nn.Module):
         self.horizon, self.starts, self.lam = horizon, starts, lam
         self.entropy, self.slow_regularizer = entropy, slow_regularizer
         self.imagine_memory: MemoryUse = imagine_memory
+        self.standardize = standardize
         self.return_scale = ReturnScale()
 
     def initial(self, batch: int) -> Carry:
@@ -120,8 +123,10 @@ class Dreamer(nn.Module):
         value = self.critic.mean(logits.detach())
         returns = lambda_return(reward, live, torch.ones_like(live), value, self.lam)
         scale = self.return_scale(returns)
-        advantage = (returns - value[:, :-1]) / scale
         weight = live.cumprod(1)[:, :-1]
+        advantage = (returns - value[:, :-1]) / scale
+        if self.standardize:
+            advantage = standardized(advantage, weight)
         params = self.actor(feature[:, :-1])
         entropy = self.actor.entropy(params)
         log_prob = self.actor.log_prob(params, dream.action[:, :-1])

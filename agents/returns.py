@@ -27,6 +27,17 @@ def lambda_return(reward: Tensor, live: Tensor, cont: Tensor, boot: Tensor, lam:
     return torch.stack(out[::-1], 1)
 
 
+def standardized(x: Tensor, weight: Tensor) -> Tensor:
+    """x with weighted mean 0 and deviation 1 over all its entries.
+
+    A critic that lags behind rising returns makes every advantage positive; what was sampled is
+    then reinforced whatever it was.
+    """
+    share = weight / weight.sum()
+    centred = x - (share * x).sum()
+    return centred / (share * centred.square()).sum().sqrt().clamp(min=1e-3)
+
+
 class ReturnScale(nn.Module):
     """Running percentile range of returns; `forward` updates it and gives max(limit, range)."""
 

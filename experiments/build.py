@@ -95,6 +95,7 @@ def _dreamer(config: Config, obs_spec: dict[str, ObsSpec], action_spec: ActionSp
         agent.entropy,
         agent.slow_regularizer,
         "off" if model.memory.kind == "none" else model.memory.imagine,
+        agent.standardize,
     )
 
 

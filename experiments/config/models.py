@@ -138,6 +138,9 @@ class AgentConfig(Frozen):
     entropy: float = Field(default=3e-4, ge=0, description="weight of the policy's entropy")
     unimix: Rate = Field(default=0.01, description="uniform share of categorical distributions")
     free_nats: float = Field(default=1.0, ge=0, description="information that costs nothing")
+    standardize: bool = Field(
+        default=False, description="advantages of mean 0 and deviation 1 in each batch"
+    )
     slow_rate: Rate = Field(default=0.02, description="rate of the slow critic's pull")
     slow_regularizer: float = Field(
         default=1.0, ge=0, description="weight of staying near the slow critic"

@@ -2,7 +2,7 @@
 
 import torch
 
-from agents.returns import ReturnScale, lambda_return
+from agents.returns import ReturnScale, lambda_return, standardized
 
 
 def test_lambda_return_is_its_recursion():
@@ -37,3 +37,12 @@ def test_return_scale_follows_the_range_but_never_falls_below_its_limit():
     for _ in range(20):
         value = scale(returns)
     assert torch.allclose(value, torch.tensor(90.0), rtol=1e-3)
+
+
+def test_standardized_has_weighted_mean_zero_and_deviation_one():
+    x, weight = 5 + 3 * torch.randn(4, 50), torch.rand(4, 50)
+    found, share = standardized(x, weight), weight / weight.sum()
+    assert abs((share * found).sum()) < 1e-5
+    assert abs((share * found.square()).sum() - 1) < 1e-5
+    assert torch.equal(found.flatten().argsort(), x.flatten().argsort())
+    assert torch.isfinite(standardized(torch.ones(2, 3), torch.ones(2, 3))).all()
