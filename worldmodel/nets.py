@@ -76,8 +76,9 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), EPSILON)
 
 
-def norm_silu(norm: RMSNorm, x: Tensor) -> Tensor:
+def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
     """silu(norm(x)): for many rows as one node with a backward by hand, else as written."""
+    assert isinstance(norm, RMSNorm)  # a ModuleList gives modules of any kind
     transformed = torch.func.debug_unwrap(x, recurse=False) is not x
     mixed = x.dtype != norm.weight.dtype
     if x.numel() < MANY or mixed or transformed or not torch.is_grad_enabled():

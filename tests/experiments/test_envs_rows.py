@@ -171,7 +171,7 @@ def test_units_divide_vector_observations_and_nothing_else():
     for a, b in zip(
         [plain.reset(), *rollout(plain, 40)], [scaled.reset(), *rollout(scaled, 40)], strict=True
     ):
-        np.testing.assert_array_equal(b.obs["state"], a.obs["state"] / np.float32(units))
+        np.testing.assert_array_equal(b.obs["state"], a.obs["state"] / np.asarray(units, np.float32))
         assert_rows_equal(b._replace(obs=a.obs), a)
     again = make_envs(config("CartPole-v1", units={"state": units}), seed=3)
     row = again.load_state_dict(scaled.state_dict())
