@@ -101,7 +101,7 @@ def _read(source: str, seen: tuple[Path, ...]) -> dict[str, Any]:
 # ---- changing ----------------------------------------------------------------------------------
 def _changed(config: Config, changes: Iterable[Override]) -> Config:
     # Kinds first, outermost before innermost: each drops its siblings, whatever the order given.
-    ordered = sorted(changes, key=lambda c: (c[0][-1] not in ("kind", "size"), len(c[0])))
+    ordered = sorted(changes, key=lambda c: (c[0][-1] not in ("kind", "size", "id"), len(c[0])))
     tree = config.tree()
     for path, value in ordered:
         put(tree, path, value)

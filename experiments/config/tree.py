@@ -1,7 +1,7 @@
 """Changing a tree of plain values: merging files, setting dotted paths.
 
 Giving another `kind` drops the fields that belonged to the former one; another `model.size` drops
-the widths that came with the former.
+the widths that came with the former, another `env.id` what only its environment knew.
 """
 
 from collections.abc import Iterable
@@ -13,11 +13,14 @@ from .models import SIZED
 Tree = dict[str, Any]
 Path = tuple[str, ...]
 LEVELS = ("timescales", "levels")
+OWN = frozenset({"contexts", "units", "kwargs"})  # of env: what one environment knows
 
 
 def merge(base: Tree, over: Tree) -> Tree:
     """`over` on top of `base`: mappings join, but one of another kind replaces."""
     out = {k: v for k, v in base.items() if k not in SIZED or "size" not in over}
+    if "id" in over and over["id"] != base.get("id"):
+        out = {k: v for k, v in out.items() if k not in OWN}
     for key, value in over.items():
         old = out.get(key)
         if not (isinstance(value, dict) and isinstance(old, dict)):
@@ -42,9 +45,9 @@ def put(tree: Tree, path: Path, value: Any) -> None:
         return
     if last == "kind" and node.get("kind") != value:
         node.clear()
-    if path == ("model", "size"):
-        for name in SIZED:
-            node.pop(name, None)
+    dropped = {("model", "size"): SIZED, ("env", "id"): OWN}.get(path, frozenset())
+    for name in dropped if node.get(last) != value else ():
+        node.pop(name, None)
     node[last] = value
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.config.errors import ConfigError
 from experiments.envs.rows import Envs, Row
 
 
@@ -24,7 +25,8 @@ class Scaled(Envs):
             spec = self.obs_spec.get(key)
             if spec is None or spec.kind != "vector" or spec.shape != value.shape:
                 known = {name: entry.shape for name, entry in self.obs_spec.items()}
-                raise ValueError(f"units of {key!r} have shape {value.shape}; there are {known}")
+                problem = f"does not fit the vector observations; there are {known}"
+                raise ConfigError(f"env.units.{key}", value.tolist(), problem, "see --print-config")
 
     def reset(self, context: str | Sequence[str] | None = None) -> Row:
         """As the environment's, in units."""

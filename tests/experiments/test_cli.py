@@ -112,7 +112,7 @@ def test_module_is_the_command():
 def test_train_with_changes_only_uses_the_default_preset(calls, capsys):
     assert cli.main(["train", "timescales.kind=geometric", "timescales.k=5"]) == 0
     config, resume = calls[0]
-    assert config == load_config("k5", ["name=cartpole-shift"])
+    assert config == load_config("k5", ["name=cartpole-shift", "timescales.base=2"])
     assert resume is None
     out = capsys.readouterr().out
     assert "nested eval" in out and "mlflow ui" in out
@@ -150,7 +150,7 @@ def test_print_config_loads_again(calls, capsys):
         (["env.id=MountainCar-v9", "env.contexts=[]"], "MountainCar-v0"),
         (["env.id=CartPoleShift-v1"], "CartPoleShift-v0"),
         (["env.contexts=[normal,fliped,normal]"], "flipped"),
-        (["env.id=CartPole-v1"], "env.contexts"),
+        (["env.id=CartPole-v1", "env.contexts=[normal,flipped,normal]"], "env.contexts"),
         (["env.pixels=true"], "env.pixels = true"),
     ],
 )

@@ -71,14 +71,14 @@ def test_every_kind_expands_and_dumps(kind, tmp_path):
 def test_default_is_three_levels_and_a_memory():
     config = load()
     assert list(levels_of(config)) == ["fast", "mid", "slow"]
-    assert periods(config) == [1, 4, 16]
+    assert periods(config) == [1, 2, 4]
     assert config.model.memory.kind == "gated_delta"
     assert config.env.contexts == ("normal", "flipped", "normal")
 
 
 def test_flatten_gives_scalars_by_dotted_path():
     flat = load().flatten()
-    assert flat["timescales.levels.slow.every.n"] == 16
+    assert flat["timescales.levels.slow.every.n"] == 4
     assert flat["env.contexts"] == "['normal', 'flipped', 'normal']"
     assert all(isinstance(v, str | int | float | bool | None) for v in flat.values())
 
@@ -126,7 +126,7 @@ def test_levels_by_module_own_each_part_of_the_agent_once(k):
 
 
 def test_geometric_learning_rates_grow_with_the_period():
-    config = load("timescales.rule.lr=1e-4", "timescales.lr_power=0.5")
+    config = load("timescales.rule.lr=1e-4", "timescales.base=4", "timescales.lr_power=0.5")
     rates = [level.flow.rule.lr for level in levels_of(config).values()]  # type: ignore[union-attr]
     assert rates == pytest.approx([1e-4, 2e-4, 4e-4])
 
@@ -213,6 +213,14 @@ def test_the_same_kind_keeps_its_siblings():
 def test_size_gives_widths_that_fields_override():
     model = load("model.deter=1024", "model.size=12m").model
     assert (model.deter, model.hidden, model.stoch) == (1024, SIZES["12m"]["hidden"], 32)
+
+
+def test_another_environment_drops_what_only_the_former_knew():
+    env = load("env.id=Pendulum-v1").env
+    assert (env.contexts, env.units, env.kwargs) == ((), {}, {})
+    assert env.num == load().env.num
+    assert load("env.units.state=[1, 1, 1]", "env.id=Pendulum-v1").env.units["state"] == (1, 1, 1)
+    assert load("env.id=CartPoleShift-v0").env == load().env
 
 
 def test_another_size_drops_the_widths_of_a_resolved_file(tmp_path):

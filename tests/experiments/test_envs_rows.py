@@ -10,6 +10,7 @@ import gymnasium
 import numpy as np
 import pytest
 
+from experiments.config import ConfigError
 from experiments.config.models import EnvConfig
 from experiments.envs import Envs, Row, make_envs, open_env
 from experiments.envs.adapter import GymEnvs
@@ -171,7 +172,9 @@ def test_units_divide_vector_observations_and_nothing_else():
     for a, b in zip(
         [plain.reset(), *rollout(plain, 40)], [scaled.reset(), *rollout(scaled, 40)], strict=True
     ):
-        np.testing.assert_array_equal(b.obs["state"], a.obs["state"] / np.asarray(units, np.float32))
+        np.testing.assert_array_equal(
+            b.obs["state"], a.obs["state"] / np.asarray(units, np.float32)
+        )
         assert_rows_equal(b._replace(obs=a.obs), a)
     again = make_envs(config("CartPole-v1", units={"state": units}), seed=3)
     row = again.load_state_dict(scaled.state_dict())
@@ -180,5 +183,5 @@ def test_units_divide_vector_observations_and_nothing_else():
 
 @pytest.mark.parametrize("units", [{"stat": (1.0,) * 4}, {"state": (1.0,) * 3}])
 def test_units_that_do_not_fit_are_named(units: dict[str, Any]):
-    with pytest.raises(ValueError, match=r"there are \{'state': \(4,\)\}"):
+    with pytest.raises(ConfigError, match=r"there are \{'state': \(4,\)\}"):
         make_envs(config("CartPole-v1", units=units))

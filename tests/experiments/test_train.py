@@ -54,7 +54,7 @@ def test_a_run_and_what_it_leaves():
     # 32 frames of prefill; then 2 replayed frames a frame in batches of 8: one update a step of 4
     assert [row.metrics["train/updates"] for row in logs] == [0, 3, 8, 13, 18, 23]
     assert logs[-1].metrics["levels/fast/updates"] == 23
-    assert logs[-1].metrics["levels/mid/updates"] == 23 // 4
+    assert logs[-1].metrics["levels/mid/updates"] == 23 // 2
     assert logs[-1].metrics["levels/slow/updates"] == 23 // 8
     names = [level["name"] for level in json.loads((path / "levels.json").read_text())["levels"]]
     assert names == ["fast", "mid", "slow", "slow_critic"]
