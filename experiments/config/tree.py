@@ -14,6 +14,7 @@ Tree = dict[str, Any]
 Path = tuple[str, ...]
 LEVELS = ("timescales", "levels")
 OWN = frozenset({"contexts", "units", "kwargs"})  # of env: what one environment knows
+DROPPED: dict[Path, frozenset[str]] = {("model", "size"): SIZED, ("env", "id"): OWN}
 
 
 def merge(base: Tree, over: Tree) -> Tree:
@@ -45,8 +46,7 @@ def put(tree: Tree, path: Path, value: Any) -> None:
         return
     if last == "kind" and node.get("kind") != value:
         node.clear()
-    dropped = {("model", "size"): SIZED, ("env", "id"): OWN}.get(path, frozenset())
-    for name in dropped if node.get(last) != value else ():
+    for name in DROPPED.get(path, frozenset()) if node.get(last) != value else ():
         node.pop(name, None)
     node[last] = value
 
