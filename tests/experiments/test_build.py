@@ -62,7 +62,8 @@ def backward(agent: Dreamer, batch: Batch, slow: dict[str, Tensor], generator: t
 @pytest.mark.parametrize("memory", ["none", "gated_delta"])
 def test_plain_is_a_torch_loop_bit_for_bit(memory):
     """One fused AdamW on everything, and the slow critic as a moving average by hand."""
-    config = configure("plain", f"model.memory.kind={memory}")
+    rule = "timescales={kind: plain, rule: {kind: adamw, lr: 3e-4}}"
+    config = configure("plain", rule, f"model.memory.kind={memory}")
     ours = agent_of(config)
     textbook = copy.deepcopy(ours)
 
