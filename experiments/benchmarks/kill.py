@@ -150,8 +150,8 @@ class Trainee:
 
     def start(self) -> None:
         """Begin, or go on with what a kill left."""
-        resume = ["--resume", str(self.path)] if self.path else []
-        words = [*self._command, *resume]
+        # a resumed run has its own configuration: given again, `kind=` would drop its siblings
+        words = ["train", "--resume", str(self.path)] if self.path else self._command
         self._left = self._half_written()
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         with (self.root / "output.txt").open("ab") as output:
