@@ -18,18 +18,11 @@ from gymnasium.wrappers import AddRenderObservation
 from experiments.config.models import EnvConfig
 from experiments.envs import cartpole, crafter, minigrid
 from experiments.envs.adapter import GymEnvs
+from experiments.envs.known import EXTRAS
 from experiments.envs.rows import Envs
 from experiments.envs.scale import Scaled
 from experiments.envs.slot import Slot
 from experiments.envs.spaces import Observations
-
-# Prefix of an id: the package that registers it, and the extra that installs it.
-FAMILIES = {
-    "MiniGrid-": ("minigrid", "minigrid"),
-    "BabyAI-": ("minigrid", "minigrid"),
-    "ALE/": ("ale_py", "atari"),
-    "crafter": ("crafter", "crafter"),
-}
 
 
 def make_envs(config: EnvConfig, num: int | None = None, seed: int = 0) -> Envs:
@@ -58,7 +51,7 @@ def find(name: str) -> EnvSpec:
 
     Raises ModuleNotFoundError for a missing extra and gymnasium.error.Error for an unknown id.
     """
-    for prefix, (package, extra) in FAMILIES.items():
+    for prefix, (package, install) in EXTRAS.items():
         if name.startswith(prefix):
             try:
                 with quiet():
@@ -66,7 +59,7 @@ def find(name: str) -> EnvSpec:
             except ModuleNotFoundError as missing:
                 raise ModuleNotFoundError(
                     f"environment {name!r} needs the package {missing.name!r}: "
-                    f"pip install 'nested-timescales[{extra}]'"
+                    f"pip install '{install}'"
                 ) from missing
     if name == "crafter":
         return EnvSpec(name, entry_point=crafter.CrafterEnv)

@@ -18,7 +18,7 @@ OWN: dict[str, tuple[str, ...]] = {
 }
 
 # What an id starts with: the package that is needed, and what installs it.
-_EXTRAS = {
+EXTRAS = {
     "MiniGrid-": ("minigrid", "nested-timescales[minigrid]"),
     "BabyAI-": ("minigrid", "nested-timescales[minigrid]"),
     "ALE/": ("ale_py", "nested-timescales[atari]"),
@@ -36,7 +36,7 @@ _GYMNASIUM = {
 def check_env(config: Config) -> None:
     """Raise ConfigError for an environment that is unknown, lacks its package or its contexts."""
     name = config.env.id
-    for prefix, (package, install) in _EXTRAS.items():
+    for prefix, (package, install) in EXTRAS.items():
         if name.startswith(prefix):
             _need(name, package, install)
     if name not in OWN and ":" not in name:
@@ -53,7 +53,7 @@ def _need(name: str, package: str, install: str) -> None:
 
 
 def _registered(name: str) -> None:
-    family = [package for prefix, (package, _) in _EXTRAS.items() if name.startswith(prefix)]
+    family = [package for prefix, (package, _) in EXTRAS.items() if name.startswith(prefix)]
     known = registry(family)
     if name not in known:
         near = nearest(name, [*OWN, *known]) or nearest(name, registry(["minigrid", "ale_py"]))
