@@ -16,9 +16,10 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.wrappers import AddRenderObservation
 
 from experiments.config.models import EnvConfig
-from experiments.envs import cartpole, crafter, minigrid
+from experiments.envs import cartpole, crafter, minigrid, userpop
 from experiments.envs.adapter import GymEnvs
 from experiments.envs.known import EXTRAS
+from experiments.envs.population import Population
 from experiments.envs.rows import Envs
 from experiments.envs.scale import Scaled
 from experiments.envs.slot import Slot
@@ -34,6 +35,8 @@ def make_envs(config: EnvConfig, num: int | None = None, seed: int = 0) -> Envs:
 def _make_envs(config: EnvConfig, num: int, seed: int) -> Envs:
     if config.id == cartpole.ID:
         return _cartpole(config, num, seed)
+    if config.id == userpop.ID:
+        return _userpop(config, num, seed)
     opening = Opening(find(config.id), config.pixels, dict(config.kwargs), config.time_limit)
     make_slot = partial(_make_slot, opening, seed, config.image_size, config.action_repeat)
     return GymEnvs(make_slot, num, config.workers, cap_of(config.id, config.time_limit))
@@ -115,6 +118,13 @@ def _cartpole(config: EnvConfig, num: int, seed: int) -> Envs:
     if config.pixels or config.kwargs or config.action_repeat != 1:
         raise ValueError(f"{cartpole.ID} takes no pixels, no kwargs and no action_repeat")
     return cartpole.CartPoleShiftEnvs(num, seed, limit)
+
+
+def _userpop(config: EnvConfig, num: int, seed: int) -> Envs:
+    options = dict(config.kwargs)
+    population = Population(seed=options.pop("population", 0))
+    limit = config.time_limit or userpop.CAP
+    return userpop.UserPopEnvs(num, seed, limit, population=population, **options)
 
 
 def _make_slot(opening: Opening, seed: int, size: int, repeat: int, slot: int) -> Slot:

@@ -14,7 +14,14 @@ from experiments.config import Config, ConfigError, nearest
 # Ids of our own, with the hidden contexts that each can be in.
 OWN: dict[str, tuple[str, ...]] = {
     "CartPoleShift-v0": ("normal", "flipped", "long", "heavy"),
+    "UserPop-v0": ("train", "users", "clusters"),
     "crafter": (),
+}
+
+# Environments that step all slots at once, and the env.kwargs that each takes.
+NATIVE: dict[str, dict[str, type]] = {
+    "CartPoleShift-v0": {},
+    "UserPop-v0": {"oracle": bool, "epoch": int, "population": int},
 }
 
 # What an id starts with: the package that is needed, and what installs it.
@@ -42,7 +49,7 @@ def check_env(config: Config) -> None:
     if name not in OWN and ":" not in name:
         _registered(name)
     _contexts(name, config.env.contexts)
-    if name == "CartPoleShift-v0":
+    if name in NATIVE:
         _native(config)
 
 
@@ -96,12 +103,22 @@ def _contexts(name: str, contexts: tuple[str, ...]) -> None:
 
 
 def _native(config: Config) -> None:
-    """CartPoleShift is stepped for all slots at once and takes no options of gymnasium's."""
-    env = config.env
-    given = {"pixels": env.pixels, "kwargs": env.kwargs, "action_repeat": env.action_repeat != 1}
-    for field, used in given.items():
+    """What is stepped for all slots at once takes few options, or none."""
+    env, takes = config.env, NATIVE[config.env.id]
+    for field, used in {"pixels": env.pixels, "action_repeat": env.action_repeat != 1}.items():
         if used:
             raise ConfigError(
-                f"env.{field}", getattr(env, field), f"{env.id} does not take it",
+                f"env.{field}", vars(env)[field], f"{env.id} does not take it",
                 "leave it out, or use CartPole-v1",
             )  # fmt: skip
+    if env.kwargs and not takes:
+        raise ConfigError(
+            "env.kwargs", env.kwargs, f"{env.id} does not take it",
+            "leave it out, or use CartPole-v1",
+        )  # fmt: skip
+    for key, value in env.kwargs.items():
+        if key not in takes or type(value) is not takes[key]:
+            listed = ", ".join(f"{name}: {kind.__name__}" for name, kind in takes.items())
+            raise ConfigError(
+                f"env.kwargs.{key}", value, f"{env.id} does not take it", f"it takes {listed}"
+            )
