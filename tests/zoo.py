@@ -8,12 +8,25 @@ from typing import Any
 
 import torch
 
-from nested import DeltaMemory, GatedDeltaMemory, HebbMemory
+from nested import (
+    TTTMLP,
+    DeltaMemory,
+    GatedDeltaMemory,
+    HebbMemory,
+    NeuralMemory,
+    TTTLinear,
+)
 
 MEMORIES: dict[str, Callable[[int, int], Any]] = {
     "hebb": lambda dim_in, dim_out: HebbMemory(dim_in, dim_out, dim=8, heads=2),
     "delta": lambda dim_in, dim_out: DeltaMemory(dim_in, dim_out, dim=8, heads=2),
     "gated delta": lambda dim_in, dim_out: GatedDeltaMemory(dim_in, dim_out, dim=16),
+    "neural": lambda dim_in, dim_out: NeuralMemory(dim_in, dim_out, dim=8, hidden=16),
+    "neural, chunks": lambda dim_in, dim_out: NeuralMemory(
+        dim_in, dim_out, 4, 8, heads=2, momentum=0.5, chunk=3, residual=True
+    ),
+    "ttt linear": lambda dim_in, dim_out: TTTLinear(dim_in, dim_out, 8, heads=2, chunk=4),
+    "ttt mlp": lambda dim_in, dim_out: TTTMLP(dim_in, dim_out, dim=8, hidden=16, chunk=4),
 }
 
 

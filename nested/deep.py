@@ -1,0 +1,213 @@
+"""Deep memories: a small network for each user and head that learns while it runs.
+
+    S' = eta S - theta grad 0.5 |M(k; W_c) - v|^2;   W' = alpha W + S';   y = M(q; W')
+
+theta, eta and alpha are gates that x sets anew at each step; W_c are the weights at the start of
+the chunk, W itself if chunk = 1. The chunk begins anew after a reset, so users need not be in step.
+Titans (2501.00663) has all of it; TTT (2407.04620) neither momentum nor forgetting, but a
+norm and a residual around the network. What a user starts from is slow: `first`, `second`.
+
+Shapes: B users, T time, H heads, D width of a head, E hidden width; N = B * H.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nested import inner, linear
+from nested.base import Associative
+from nested.inner import Bare, End, NormedResidual, Residual, Weights
+
+
+class DeepState(NamedTuple):
+    """Fast weights of a deep memory; a tuple of tensors has one for each layer."""
+
+    weights: Weights  # (B, H, D, E), (B, H, E, D)
+    anchor: Weights  # the weights at the start of the chunk; () if a chunk is one step
+    velocity: Weights  # S; () without momentum
+    phase: Tensor  # (B,) int64, steps since the chunk began
+    error: Tensor  # (B, H, D), recalled minus value, before the write; no gradient
+
+    @property
+    def surprise(self) -> Tensor:
+        """Squared error before the last write, mean over heads and values: (B,)."""
+        return self.error.square().flatten(1).mean(1)
+
+
+class DeepMemory(Associative):
+    """What deep memories share: they differ in layers, gates and the end of the network."""
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        start: Sequence[Tensor],
+        rate: float,
+        momentum: float | None,
+        forget: float | None,
+        chunk: int,
+        end: End,
+    ):
+        heads, dim = start[0].shape[:2]
+        for name, gate in (("momentum", momentum), ("forget", forget)):
+            if gate is not None and not 0 < gate < 1:
+                raise ValueError(f"{name} is {gate}, outside (0, 1); None leaves it out")
+        if chunk < 1 or rate <= 0:
+            raise ValueError(f"{chunk=} and {rate=} must be positive")
+        kept = None if forget is None else 1 - forget
+        gates = [0.5, *(gate for gate in (momentum, kept) if gate is not None)]
+        super().__init__(dim_in, dim_out, dim, heads, gates)
+        self.rate, self.chunk = rate, chunk
+        self.momentum, self.forget = momentum, forget
+        self.start = nn.ParameterList(start)
+        self.end = end
+
+    def initial(self, batch: int) -> DeepState:
+        """The state of `batch` users that have written nothing."""
+        weights = tuple(w.expand(batch, -1, -1, -1) for w in self.start)
+        zeros = () if self.momentum is None else tuple(torch.zeros_like(w) for w in weights)
+        phase = torch.zeros(batch, dtype=torch.int64, device=weights[0].device)
+        error = weights[0].new_zeros(batch, self.heads, self.dim)
+        return DeepState(weights, weights if self.chunk > 1 else (), zeros, phase, error)
+
+    def learn(self, z: Tensor, state: DeepState, reset: Tensor | None) -> tuple[Tensor, DeepState]:
+        """Reset, write, read: z (B, H, P) raw -> what the query brings back (B, H, D), state."""
+        if reset is not None:
+            state = self._reset(state, reset)
+        shape = (*z.shape[:2], self.dim)
+        p = linear.parts(z.flatten(0, 1), self.dim)
+        q, k = p.qk[:, :1], p.qk[:, 1:]
+        weights, anchor, velocity = (flat(ws) for ws in state[:3])
+        gates = p.gates.unsqueeze(2).unsqueeze(3).unbind(1)  # (N, 1, 1) each
+        error, seen, deltas = inner.surprise(self.end, anchor or weights, k, p.value.unsqueeze(1))
+        rate = -self.rate * gates[0]
+        if self.momentum is not None:
+            velocity = tuple(gates[1] * s for s in velocity)
+        if self.forget is not None:
+            weights = tuple(gates[-1] * w for w in weights)
+        into = velocity or weights
+        steps = tuple(
+            inner.outer(w, x, rate * d) for w, x, d in zip(into, seen.inputs, deltas, strict=True)
+        )
+        if velocity:
+            velocity, weights = steps, tuple(w + s for w, s in zip(weights, steps, strict=True))
+        else:
+            weights = steps
+        read = inner.recall(self.end, weights, q)
+        weights, velocity = unflat(weights, shape), unflat(velocity, shape)
+        state = self._advance(state, weights, velocity, error.detach().view(shape))
+        return read.view(shape), state
+
+    def recall(self, q: Tensor, state: DeepState) -> Tensor:
+        """What unit queries (B, H, D) bring back: (B, H, D)."""
+        weights = flat(state.weights)
+        return inner.recall(self.end, weights, q.flatten(0, 1).unsqueeze(1)).view_as(q)
+
+    def _reset(self, state: DeepState, reset: Tensor) -> DeepState:
+        mask = reset[:, None, None, None]
+        begun = [
+            tuple(torch.where(mask, w0, w) for w0, w in zip(self.start, ws, strict=True))
+            for ws in (state.weights, state.anchor)
+            if ws
+        ]
+        velocity = tuple(torch.where(mask, 0.0, s) for s in state.velocity)
+        phase = state.phase * ~reset
+        return DeepState(begun[0], begun[1] if len(begun) > 1 else (), velocity, phase, state.error)
+
+    def _advance(
+        self, state: DeepState, weights: Weights, velocity: Weights, error: Tensor
+    ) -> DeepState:
+        """The chunk's next step; where it was the last one, the next chunk begins from here."""
+        if self.chunk == 1:
+            return DeepState(weights, (), velocity, state.phase, error)
+        phase = (state.phase + 1) % self.chunk
+        due = (phase == 0)[:, None, None, None]
+        pairs = zip(weights, state.anchor, strict=True)
+        anchor = tuple(torch.where(due, w, old) for w, old in pairs)
+        return DeepState(weights, anchor, velocity, phase, error)
+
+
+def flat(weights: Weights) -> Weights:
+    """(B, H, D, E) -> (N, D, E)."""
+    return tuple(w.flatten(0, 1) for w in weights)
+
+
+def unflat(weights: Weights, shape: Sequence[int]) -> Weights:
+    """(N, D, E) -> (B, H, D, E), shape (B, H, ...)."""
+    return tuple(w.view(shape[0], shape[1], *w.shape[1:]) for w in weights)
+
+
+def features(dim: int, hidden: int, heads: int) -> list[Tensor]:
+    """Start weights of a two-layer network: random features of a unit key, and zeros behind."""
+    if min(dim, hidden, heads) < 1:
+        raise ValueError(f"sizes must be positive: {dim=}, {hidden=}, {heads=}")
+    first = nn.init.normal_(torch.empty(heads, dim, hidden))
+    return [first, torch.zeros(heads, hidden, dim)]
+
+
+class NeuralMemory(DeepMemory):
+    """A two-layer network with momentum and forgetting (Titans, 2501.00663).
+
+    `momentum` and `forget` are what the gates eta and 1 - alpha begin with; None leaves either
+    out (without momentum a user costs half as much). `rate` bounds theta; by default no chunk of
+    writes can overshoot in the last layer.
+    """
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        dim: int = 32,
+        hidden: int = 64,
+        heads: int = 1,
+        momentum: float | None = None,
+        forget: float | None = 0.02,
+        chunk: int = 1,
+        residual: bool = False,
+        rate: float | None = None,
+    ):
+        start = features(dim, hidden, heads)
+        rate = 2.0 / (hidden * chunk) if rate is None else rate
+        end = Residual() if residual else Bare()
+        super().__init__(dim_in, dim_out, start, rate, momentum, forget, chunk, end)
+
+
+class TTTLinear(DeepMemory):
+    """A linear inner model, by default with norm and residual, over mini-batches (2407.04620)."""
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        dim: int = 32,
+        heads: int = 1,
+        chunk: int = 16,
+        rate: float = 1.0,
+        normed: bool = True,
+    ):
+        if min(dim, heads) < 1:
+            raise ValueError(f"sizes must be positive: {dim=}, {heads=}")
+        start = [nn.init.normal_(torch.empty(heads, dim, dim), std=0.02)]
+        end = NormedResidual(dim, heads) if normed else Bare()
+        super().__init__(dim_in, dim_out, start, rate, None, None, chunk, end)
+
+
+class TTTMLP(DeepMemory):
+    """A two-layer inner model, by default with norm and residual (2407.04620)."""
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        dim: int = 32,
+        hidden: int = 128,
+        heads: int = 1,
+        chunk: int = 16,
+        rate: float = 0.1,
+        normed: bool = True,
+    ):
+        start = features(dim, hidden, heads)
+        end = NormedResidual(dim, heads) if normed else Bare()
+        super().__init__(dim_in, dim_out, start, rate, None, None, chunk, end)
