@@ -1,0 +1,208 @@
+"""What `nested bench speed` measures, each in a process of its own that answers questions.
+
+`update` is the reference workload: 64x64x3 images, six actions, 16 sequences of 64 rows, 15 steps
+imagined from every row. `small` is the scale of CartPole. Both time whole updates as training makes
+them: `learn` on a Loop whose replay holds random rows. `policy` times acting on such rows.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.benchmarks import frames, parts
+from experiments.benchmarks.flops import update_flops
+from experiments.benchmarks.machine import matmul_gflops, memcpy_gb_s, synchronize
+from experiments.benchmarks.worker import Spec, peak_mb, serve
+from experiments.build import make_rule
+from experiments.config import Config, levels_of, load_config
+from experiments.config.levels import DescendConfig
+from experiments.driver import pack, to_batch
+from experiments.envs import Row
+from experiments.envs.rows import random_action
+from experiments.loop import Loop
+from experiments.record import Run
+from experiments.train import learn
+from timescales import Timescales
+from worldmodel import ObsSpec
+
+CHUNKS = 64  # sequences in the replay
+LADDER = {1: 2, 3: 4, 5: 2}  # levels -> ratio of their periods; the longest is 16
+RULE = ["timescales.rule.kind=laprop", "timescales.rule.warmup=100"]
+REFERENCE = [
+    f"env.id={frames.ID}", "env.units={}", "env.num=16", "env.workers=inprocess",
+    "agent.starts=0", "agent.horizon=15", "replay.batch=16", "replay.length=64",
+]  # fmt: skip
+SMALL = [
+    "env.id=CartPoleShift-v0", "env.num=16", "model.size=tiny", "agent.starts=8",
+    "agent.horizon=10", "replay.batch=16", "replay.length=16",
+]  # fmt: skip
+
+
+def configured(spec: Spec) -> Config:
+    """The configuration of what is measured: the same rule on every schedule, no memory."""
+    k = int(spec.schedule.removeprefix("k")) if spec.schedule != "plain" else 0
+    levels = ["timescales.kind=geometric", f"timescales.k={k}", "timescales.base=4"] if k else []
+    reference = [*REFERENCE, f"model.size={spec.size}"]
+    fields = [
+        *(SMALL if spec.kind == "small" or spec.size == "small" else reference),
+        f"model.encoder={spec.encoder}",
+        f"precision={spec.dtype}",
+        f"threads={spec.threads}",
+        f"device={spec.device}",
+        *("env.contexts=[]", "replay.capacity=4096", "train.prefill=1024", "frames=2048"),
+        *("tracking.mlflow=false", *levels, *RULE, *spec.overrides),
+    ]
+    return load_config("plain", fields)
+
+
+def loop_of(spec: Spec) -> Loop:
+    """A training loop with random rows in its replay; nothing of it stays on the disk."""
+    config = configured(spec)
+    with tempfile.TemporaryDirectory() as folder:
+        loop = Loop(config, lambda: Run.create(config, Path(folder)))
+    rng = np.random.default_rng(0)
+    num, length = loop.envs.num, config.replay.length
+    carry = pack(loop.agent.initial(num))
+    for i in range(max(CHUNKS // num, 1) * length):
+        loop.replay.add(random_row(loop, num, rng, first=i == 0), carry)
+    return loop
+
+
+def random_row(loop: Loop, num: int, rng: np.random.Generator, first: bool = False) -> Row:
+    """A row of `num` slots in the loop's spaces, all noise."""
+    flags = np.zeros(num, np.bool_)
+    return Row(
+        {key: random_entry(entry, num, rng) for key, entry in loop.envs.obs_spec.items()},
+        random_action(loop.envs.action_spec, num, rng) * (not first),
+        rng.standard_normal(num, np.float32) * (not first),
+        np.full(num, first),
+        flags,
+        flags,
+        np.arange(num),
+    )
+
+
+def random_entry(entry: ObsSpec, num: int, rng: np.random.Generator) -> np.ndarray:
+    """Observations (num, ...) of noise: bytes, normal numbers or classes."""
+    shape = (num, *entry.shape)
+    match entry.kind:
+        case "image":
+            return rng.integers(0, 256, shape, np.uint8)
+        case "vector":
+            return rng.standard_normal(shape, np.float32)
+        case "discrete":
+            return rng.integers(0, entry.classes, shape)
+
+
+def policy(loop: Loop, batch: int) -> Callable[[], np.ndarray]:
+    """Acts once in `batch` slots: from a row of numpy arrays to actions as numpy arrays."""
+    rng, generator = np.random.default_rng(0), loop.generator
+    rows = [random_row(loop, batch, rng) for _ in range(4)]
+    carry = loop.agent.initial(batch)
+
+    def act() -> np.ndarray:
+        nonlocal carry
+        rows.append(rows.pop(0))
+        action, carry = loop.agent.act(carry, to_batch(rows[0], loop.device), generator)
+        return action.cpu().numpy()
+
+    return act
+
+
+def seconds(step: Callable[[], object], count: int, device: torch.device) -> list[float]:
+    """How long each of `count` steps took."""
+    found: list[float] = []
+    for _ in range(count):
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def subject(spec: Spec) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]]:
+    """What a child says of itself, and how it answers each question."""
+    if spec.kind == "machine":
+        return machine(spec)
+    if spec.kind == "levels":
+        return ladder(spec)
+    loop = loop_of(spec)
+    step = policy(loop, spec.batch) if spec.kind == "policy" else lambda: learn(loop)
+
+    def timed(count: int) -> dict[str, Any]:
+        return {"seconds": seconds(step, count, loop.device), "rss_mb": peak_mb()}
+
+    replay = loop.config.replay
+    hello = {
+        "params": sum(p.numel() for p in loop.agent.parameters()),
+        "batch": replay.batch,
+        "length": replay.length,
+    }
+    return hello, {
+        "time": timed,
+        "flops": lambda _: {"gflop": update_flops(loop) / 1e9},
+        "parts": lambda count: parts.profile(loop, count),
+        "operators": lambda count: {"operators": parts.operators(loop, count)},
+    }
+
+
+class Textbook:
+    """One optimizer on all parameters and an averaged critic: what stands in for the engine."""
+
+    def __init__(self, loop: Loop) -> None:
+        flow = levels_of(loop.config)["all"].flow
+        assert isinstance(flow, DescendConfig)
+        self._optimizer = make_rule(flow.rule)([*loop.agent.parameters()])
+        self._live = {f"critic.{name}": p for name, p in loop.agent.critic.named_parameters()}
+        self._slow = {name: p.detach().clone() for name, p in self._live.items()}
+        self._rate = loop.config.agent.slow_rate
+
+    def tick(self, unit: str, measure: bool = False) -> None:
+        """Step on the gradients, drop them, and move the slow critic."""
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_([*self._slow.values()], [*self._live.values()], self._rate)
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """The slow critic's."""
+        return self._slow
+
+
+def ladder(spec: Spec) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]]:
+    """Loops that differ in their levels alone, each asked for the same updates in every round."""
+    plain = loop_of(spec)
+    plain.timescales = cast(Timescales, Textbook(plain))
+    loops = {"plain": plain}
+    for k, base in LADDER.items():
+        fields = (*spec.overrides, f"timescales.base={base}")
+        loops[f"k={k}"] = loop_of(spec._replace(schedule=f"k{k}", overrides=fields))
+
+    def round_(count: int) -> dict[str, Any]:
+        found = {
+            name: sum(seconds(lambda loop=loop: learn(loop), count, loop.device))
+            for name, loop in loops.items()
+        }
+        return {"seconds": found}
+
+    return {"params": sum(p.numel() for p in plain.agent.parameters())}, {"round": round_}
+
+
+def machine(spec: Spec) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]]:
+    """The machine's own speed in a dtype, with as many threads as the row beside it."""
+    torch.set_num_threads(spec.threads)
+    device, dtype = torch.device(spec.device), getattr(torch, spec.dtype)
+    peaks = {"matmul_gflops": matmul_gflops(dtype, device), "memcpy_gb_s": memcpy_gb_s(device)}
+    return peaks, {}
+
+
+if __name__ == "__main__":
+    serve(*subject(Spec.parse(sys.argv[1])))
