@@ -22,7 +22,7 @@ from worldmodel.nets import EPSILON, Linear, RMSNorm
 
 PERIOD = 1 << 16  # positions after which rotary angles repeat
 
-Attend = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Tensor | None], Tensor]
+Attend = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Tensor], Tensor]
 
 
 class KeyValues(NamedTuple):
@@ -30,6 +30,24 @@ class KeyValues(NamedTuple):
 
     keys: Tensor  # (B, N, G, C, d)
     values: Tensor  # (B, N, G, C, d)
+
+
+class Trunk(NamedTuple):
+    """Sizes of a transformer.
+
+    heads, groups: query and key-value heads; every: each so-many-th layer is over time; context:
+    frames that a frame sees, itself included; cap: bound of the attention logits, 0 for none;
+    base: of the rotary frequencies.
+    """
+
+    width: int = 128
+    layers: int = 5
+    heads: int = 4
+    groups: int = 4
+    every: int = 2
+    context: int = 32
+    cap: float = 50.0
+    base: float = 10_000.0
 
 
 class Context(NamedTuple):
@@ -51,9 +69,9 @@ class Span(NamedTuple):
     """What the layers of one pass share: where its tokens and frames stand, who reads whom."""
 
     place: Rotation  # (N, d)
-    among: Tensor | None  # (1, 1, 1, N, N) bool
+    among: Tensor  # (1, 1, 1, N, N): added to logits, zero or minus infinity
     time: Rotation  # (B or 1, 1, 1, T, d)
-    past: Tensor  # (B or 1, 1, 1, T, C + T or T) bool
+    past: Tensor  # (B or 1, 1, 1, T, C + T or T), as `among`
 
 
 class Capped:
@@ -63,31 +81,27 @@ class Capped:
         self.cap = cap
 
     def __call__(
-        self, q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor | None
+        self, q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor
     ) -> Tensor:
         """q (X, Y, H, L, d); parts (X, Y, G, S_i, d); mask (X or 1, 1, 1, L, S) -> as q."""
         groups, length = keys[0].shape[2], q.shape[3]
-        shared = q.unflatten(2, (groups, -1)).flatten(3, 4)
-        scores = torch.cat([shared @ key.mT for key in keys], -1)
-        scores = (scores / self.cap).tanh() * self.cap
-        if mask is not None:
-            rows = scores.unflatten(3, (-1, length))
-            scores = rows.masked_fill(~mask.unsqueeze(3), -math.inf).flatten(3, 4)
+        shared = (q / self.cap).unflatten(2, (groups, -1)).flatten(3, 4)
+        parts = [shared @ key.mT for key in keys]
+        bounded = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).tanh_()
+        rows = bounded.unflatten(3, (-1, length))
+        scores = torch.add(mask.unsqueeze(3), rows, alpha=self.cap).flatten(3, 4)
         weights = scores.softmax(-1).split([key.shape[3] for key in keys], -1)
         parts = [w @ value for w, value in zip(weights, values, strict=True)]
         out = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         return out.unflatten(3, (-1, length)).flatten(2, 3)
 
 
-def fused(
-    q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor | None
-) -> Tensor:
+def fused(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor) -> Tensor:
     """Attention without a cap, by torch's fused kernels; shapes as in `Capped`."""
     lead = q.shape[:2]
-    if mask is not None:
-        mask = mask.expand(*lead, *mask.shape[2:]).flatten(0, 1)
     parts = (q, torch.cat(list(keys), 3), torch.cat(list(values), 3))
-    q, key, value = (x.flatten(0, 1) for x in parts)
+    mask = mask.expand(*lead, *mask.shape[2:])
+    q, key, value, mask = (x.flatten(0, 1) for x in (*parts, mask))
     grouped = q.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(q, key, value, mask, scale=1.0, enable_gqa=grouped)
     return out.unflatten(0, lead)
@@ -179,62 +193,56 @@ class TimeAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then SwiGLU (arXiv 2002.05202), each added to what it read normalised."""
+    """Attention, then SwiGLU (arXiv 2002.05202), each added to what it read normalised.
 
-    def __init__(self, attention: SpaceAttention | TimeAttention, width: int, scale: float):
+    The last `drop` tokens are read, but not passed on.
+    """
+
+    def __init__(
+        self, attention: SpaceAttention | TimeAttention, width: int, scale: float, drop: int = 0
+    ):
         super().__init__()
         units = (8 * width // 3 + 7) // 8 * 8
-        self.attention = attention
+        self.attention, self.drop = attention, drop
         self.norm, self.mlp_norm = RMSNorm(width), RMSNorm(width)
         self.mlp, self.out = Linear(width, 2 * units), Linear(units, width, scale)
 
     def forward(
         self, x: Tensor, span: Span, past: tuple[KeyValues, ...]
     ) -> tuple[Tensor, tuple[KeyValues, ...]]:
-        """x (B, T, N, D) -> the same shape, and what a time layer remembers."""
+        """x (B, T, N, D) -> (B, T, N - drop, D), and what a time layer remembers."""
         mixed, fresh = self.attention(self.norm(x), span, past)
-        x = x + mixed
+        x = (x + mixed)[:, :, : x.shape[2] - self.drop]
         gate, value = self.mlp(self.mlp_norm(x)).chunk(2, -1)
         return x + self.out(F.silu(gate) * value), fresh
 
 
 class Transformer(nn.Module):
-    """Frames of at most `tokens` tokens of `width`, `layers` deep.
+    """Frames of at most `tokens` tokens.
 
-    heads, groups: query and key-value heads; every: each so-many-th layer is over time; context:
-    frames that a frame sees, itself included; mask (N, N) bool: token i of a frame may read
-    token j; cap: bound of the attention logits, 0 for none; base: of the rotary frequencies.
-    A pass may leave out the last tokens of its frames if none of the others reads them.
+    mask (N, N) bool: token i of a frame may read token j; drop: so many of the last tokens have
+    no output. A pass may leave out the last tokens of its frames where no other reads them.
     """
 
-    among: Tensor | None
+    among: Tensor
 
-    def __init__(
-        self,
-        width: int,
-        layers: int,
-        tokens: int,
-        heads: int = 4,
-        groups: int = 1,
-        every: int = 4,
-        context: int = 32,
-        mask: Tensor | None = None,
-        cap: float = 50.0,
-        base: float = 10_000.0,
-    ):
+    def __init__(self, trunk: Trunk, tokens: int, mask: Tensor | None = None, drop: int = 0):
         super().__init__()
-        self.width, self.tokens, self.context = width, tokens, context
-        self.rotary = Rotary(width // heads, base)
-        attend: Attend = Capped(cap) if cap else fused
-        scale = (2 * layers) ** -0.5  # the stream's variance does not grow with depth
-        kinds = [TimeAttention if i % every == 0 else SpaceAttention for i in range(1, layers + 1)]
-        self.layers = nn.ModuleList(
-            Layer(kind(Heads(width, heads, groups, scale), attend), width, scale) for kind in kinds
-        )
-        self.timed = tuple(kind is TimeAttention for kind in kinds)
+        width, count = trunk.width, trunk.layers
+        self.tokens, self.context = tokens, trunk.context
+        self.rotary = Rotary(width // trunk.heads, trunk.base)
+        attend: Attend = Capped(trunk.cap) if trunk.cap else fused
+        scale = (2 * count) ** -0.5  # the stream's variance does not grow with depth
+        self.timed = tuple(i % trunk.every == 0 for i in range(1, count + 1))
+        self.layers = nn.ModuleList()
+        for i, timed in enumerate(self.timed):
+            heads = Heads(width, trunk.heads, trunk.groups, scale)
+            attention = (TimeAttention if timed else SpaceAttention)(heads, attend)
+            self.layers.append(Layer(attention, width, scale, drop if i == count - 1 else 0))
         self.norm = RMSNorm(width)
-        self.register_buffer("among", mask, persistent=False)
-        self.cached = (groups, context, width // heads)
+        everyone = torch.ones(tokens, tokens, dtype=torch.bool)
+        self.register_buffer("among", everyone if mask is None else mask, persistent=False)
+        self.cached = (trunk.groups, trunk.context, width // trunk.heads)
 
     def initial(self, batch: int) -> Context:
         """The context of `batch` rows before their first frame."""
@@ -248,7 +256,7 @@ class Transformer(nn.Module):
         return Context(zeros, zeros, layers)
 
     def forward(self, x: Tensor, first: Tensor | None = None) -> Tensor:
-        """Whole sequences x (B, T, N, D) from nothing; first (B, T) bool -> (B, T, N, D)."""
+        """Whole sequences x (B, T, N, D) from nothing; first (B, T) bool -> (B, T, N - drop, D)."""
         frame = torch.arange(x.shape[1], device=x.device)
         seen, start = frame[None], torch.zeros_like(frame)[None]
         if first is not None:
@@ -306,9 +314,14 @@ class Transformer(nn.Module):
     def _span(self, x: Tensor, frame: Tensor, mask: Tensor) -> Span:
         count = x.shape[2]
         place = self.rotary(torch.arange(count, device=x.device), x)
-        among = None if self.among is None else self.among[None, None, None, :count, :count]
         time = Rotation(*(part[:, None, None] for part in self.rotary(frame, x)))
-        return Span(place, among, time, mask[:, None, None])
+        among = barrier(self.among[:count, :count], x)[None, None, None]
+        return Span(place, among, time, barrier(mask, x)[:, None, None])
+
+
+def barrier(mask: Tensor, like: Tensor) -> Tensor:
+    """What a mask adds to logits: zero where it is set, minus infinity elsewhere."""
+    return like.new_zeros(()).where(mask, -math.inf)
 
 
 def latest(first: Tensor, frame: Tensor, start: Tensor) -> Tensor:

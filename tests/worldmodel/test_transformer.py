@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nested import fast
-from worldmodel.transformer import PERIOD, Context, Rotary, Transformer, rotate
+from worldmodel.transformer import PERIOD, Context, Rotary, Transformer, Trunk, rotate
 
 CAPS = pytest.mark.parametrize("cap", [50.0, 0.0], ids=["capped", "fused"])
 
@@ -15,7 +15,7 @@ CAPS = pytest.mark.parametrize("cap", [50.0, 0.0], ids=["capped", "fused"])
 def make(cap: float = 50.0, context: int = 4, mask: Tensor | None = None) -> Transformer:
     """Two time layers among five; grouped queries."""
     torch.manual_seed(0)
-    return Transformer(16, 5, 3, heads=4, groups=2, every=2, context=context, mask=mask, cap=cap)
+    return Transformer(Trunk(16, 5, 4, 2, 2, context, cap), 3, mask)
 
 
 def frames(batch: int = 3, length: int = 11) -> tuple[Tensor, Tensor]:
@@ -150,6 +150,14 @@ def test_the_cap_bounds_logits_and_the_written_out_attention_equals_torch_s():
     assert not torch.allclose(make(cap=0.5)(x), make(cap=0.0)(x), atol=1e-3)
 
 
+def test_tokens_without_an_output_are_read_all_the_same():
+    torch.manual_seed(0)
+    model, (x, first) = Transformer(Trunk(16, 5, 4, 2, 2, 4), 3, drop=2), frames()
+    whole = make()(x, first)
+    assert torch.allclose(model(x, first), whole[:, :, :1], atol=1e-6)
+    assert torch.allclose(in_parts(model, x, first, [0, 3, 11])[0], whole[:, :, :1], atol=1e-5)
+
+
 def test_every_parameter_learns():
     model, (x, first) = make(), frames()
     (model(x, first) * torch.randn(3, 11, 3, 16)).sum().backward()
@@ -160,4 +168,4 @@ def test_every_parameter_learns():
 def test_sizes_that_do_not_fit_are_named(sizes: tuple[int, int, int]):
     width, heads, groups = sizes
     with pytest.raises(ValueError, match=f"width={width} / heads={heads} / groups={groups}|even"):
-        Transformer(width, 2, 3, heads=heads, groups=groups)
+        Transformer(Trunk(width, 2, heads, groups), 3)
