@@ -132,7 +132,7 @@ def open_loop(agent: Dreamer, batch: Batch, context: int, generator: torch.Gener
 def observation(decoded: Tensor, spec: ObsSpec) -> Tensor:
     """What the decoder says (N, ...), in the units and the dtype of the observation."""
     if spec.kind == "image":
-        return (decoded.float() * 255).round().to(torch.uint8)
+        return (decoded.float().sigmoid() * 255).round().to(torch.uint8)
     if spec.kind == "vector":
         return symexp(decoded.float())
     return decoded.unflatten(-1, (-1, spec.classes)).argmax(-1)

@@ -8,55 +8,17 @@ Convolutions run channels-last: an (N, H, W, C) batch is viewed, never copied.
 
 import math
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from worldmodel.nets import (
-    BlockLinear,
-    Dense,
-    Linear,
-    RMSNorm,
-    init_weight,
-    norm_silu,
-    symlog,
-)
+from worldmodel.conv import Down, Kind, Up, image_error
+from worldmodel.nets import BlockLinear, Dense, Linear, RMSNorm, norm_silu, symlog
 from worldmodel.types import ObsSpec
 
 MULTIPLES = (2, 3, 4, 4)
-Kind = Literal["faithful", "strided"]
-
-
-class ConvNorm(nn.Module):
-    """Convolution over (N, H, W, C) with `same` padding, halving or doubling or neither."""
-
-    def __init__(self, n_in: int, n_out: int, kind: Kind, resize: Literal["down", "up"]):
-        super().__init__()
-        self.resize = (kind, resize)
-        size = 5 if kind == "faithful" else 4
-        transposed = self.resize == ("strided", "up")
-        shape = (n_in, n_out) if transposed else (n_out, n_in)
-        self.weight = nn.Parameter(
-            torch.empty(*shape, size, size).to(memory_format=torch.channels_last)
-        )
-        self.bias = nn.Parameter(torch.zeros(n_out))
-        init_weight(self.weight, n_in * size * size // (4 if transposed else 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 3, 1, 2)
-        match self.resize:
-            case ("faithful", "down"):
-                x = F.max_pool2d(F.conv2d(x, self.weight, self.bias, padding=2), 2)
-            case ("faithful", "up"):
-                x = F.interpolate(x, scale_factor=2, mode="nearest")
-                x = F.conv2d(x, self.weight, self.bias, padding=2)
-            case ("strided", "down"):
-                x = F.conv2d(x, self.weight, self.bias, stride=2, padding=1)
-            case _:
-                x = F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
-        return x.permute(0, 2, 3, 1)
+FRAMES = 64  # images that go through the convolutions together: few enough to stay in a cache
 
 
 def image_keys(spec: dict[str, ObsSpec]) -> list[str]:
@@ -84,7 +46,7 @@ class Encoder(nn.Module):
             channels = [sum(spec[k].shape[2] for k in self.images)]
             channels += [depth * multiple for multiple in MULTIPLES]
             pairs = pairwise(channels)
-            self.convs.extend(ConvNorm(a, b, kind, "down") for a, b in pairs)
+            self.convs.extend(Down(a, b, kind) for a, b in pairs)
             self.norms.extend(RMSNorm(c) for c in channels[1:])
             self.dim += math.prod(sizes) * channels[-1]
         if self.vectors:
@@ -112,10 +74,14 @@ class Encoder(nn.Module):
         images = [obs[key] for key in self.images]
         x = images[0] if len(images) == 1 else torch.cat(images, -1)
         lead = x.shape[:-3]
-        x = x.reshape(-1, *x.shape[-3:]).float() / 255 - 0.5
+        parts = x.reshape(-1, *x.shape[-3:]).split(FRAMES)
+        return torch.cat([self._convolve(part) for part in parts]).view(*lead, -1)
+
+    def _convolve(self, images: Tensor) -> Tensor:
+        x = images.float() / 255 - 0.5
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = norm_silu(norm, conv(x))
-        return x.reshape(*lead, -1)
+        return x.flatten(1)
 
 
 def flat_entry(value: Tensor, entry: ObsSpec) -> Tensor:
@@ -140,7 +106,7 @@ def image_sizes(spec: dict[str, ObsSpec]) -> tuple[int, int]:
 class Decoder(nn.Module):
     """deter (N, D), stoch (N, S, C) -> {key: prediction}; `losses` compares with observations.
 
-    Images are predicted in [0, 1], vectors in symlog space, discrete entries as logits.
+    Images are predicted as logits of [0, 1], vectors in symlog space, discrete entries as logits.
     """
 
     def __init__(
@@ -172,7 +138,7 @@ class Decoder(nn.Module):
             channels = [depth * m for m in reversed(MULTIPLES)]
             channels += [sum(spec[k].shape[2] for k in self.images)]
             pairs = pairwise(channels)
-            self.convs.extend(ConvNorm(a, b, kind, "up") for a, b in pairs)
+            self.convs.extend(Up(a, b, kind) for a, b in pairs)
             self.norms.extend(RMSNorm(c) for c in channels[1:-1])
 
     def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
@@ -188,12 +154,16 @@ class Decoder(nn.Module):
         return out
 
     def _images(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
+        parts = zip(deter.split(FRAMES), stoch.split(FRAMES), strict=True)
+        x = torch.cat([self._convolve(*part) for part in parts])
+        channels = x.split([self.spec[key].shape[2] for key in self.images], -1)
+        return dict(zip(self.images, channels, strict=True))
+
+    def _convolve(self, deter: Tensor, stoch: Tensor) -> Tensor:
         x = self.space(deter, stoch)
         for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
             x = norm_silu(norm, conv(x))
-        x = self.convs[-1](x).sigmoid()
-        parts = x.split([self.spec[key].shape[2] for key in self.images], -1)
-        return dict(zip(self.images, parts, strict=True))
+        return self.convs[-1](x)
 
     def losses(self, out: dict[str, Tensor], obs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Squared error or cross-entropy of each key, summed over its axes: {key: (N,)}."""
@@ -201,7 +171,7 @@ class Decoder(nn.Module):
 
     def _loss(self, out: Tensor, obs: Tensor, entry: ObsSpec) -> Tensor:
         if entry.kind == "image":
-            return (out.float() - obs.float() / 255).square().flatten(1).sum(-1)
+            return image_error(out, obs)
         if entry.kind == "vector":
             return (out.float() - symlog(obs.float()).flatten(1)).square().sum(-1)
         logits = out.float().view(-1, entry.classes)

@@ -1,0 +1,124 @@
+"""Convolutions that halve or double an image, and what compares images.
+
+Images are (N, H, W, C), channels last in memory. `faithful` layers are DreamerV3's 5x5
+convolutions with 2x2 max pooling or nearest-neighbour doubling (arXiv 2301.04104); `strided` ones
+are 4x4. Doubling and then convolving is the same as convolving first with four smaller kernels,
+one for each of the four pixels that a pixel becomes (sub-pixel convolution, 1609.05158): a third
+of the multiplications, and four times the channels, which is what small images lack on a CPU.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from worldmodel.nets import init_weight
+
+Kind = Literal["faithful", "strided"]
+SIDE = {"faithful": 5, "strided": 4}
+
+# Which taps of a kernel (last axis) meet which low-resolution neighbour (middle axis: before, at,
+# after), for the first and the second of the two pixels that one becomes (first axis). A faithful
+# tap reads a doubled pixel; a strided kernel is that of a transposed convolution.
+TAPS = {
+    "faithful": (
+        ((1, 1, 0, 0, 0), (0, 0, 1, 1, 0), (0, 0, 0, 0, 1)),
+        ((1, 0, 0, 0, 0), (0, 1, 1, 0, 0), (0, 0, 0, 1, 1)),
+    ),
+    "strided": (
+        ((0, 0, 0, 1), (0, 1, 0, 0), (0, 0, 0, 0)),
+        ((0, 0, 0, 0), (0, 0, 1, 0), (1, 0, 0, 0)),
+    ),
+}
+
+
+class Down(nn.Module):
+    """(N, H, W, in) -> (N, H / 2, W / 2, out), with `same` padding."""
+
+    def __init__(self, n_in: int, n_out: int, kind: Kind):
+        super().__init__()
+        self.kind, side = kind, SIDE[kind]
+        self.weight = nn.Parameter(channels_last(n_out, n_in, side))
+        self.bias = nn.Parameter(torch.zeros(n_out))
+        init_weight(self.weight, n_in * side * side)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2)
+        if self.kind == "strided":
+            return F.conv2d(x, self.weight, self.bias, stride=2, padding=1).permute(0, 2, 3, 1)
+        return F.max_pool2d(F.conv2d(x, self.weight, self.bias, padding=2), 2).permute(0, 2, 3, 1)
+
+
+class Up(nn.Module):
+    """(N, H, W, in) -> (N, 2 H, 2 W, out), with `same` padding, in one sub-pixel convolution."""
+
+    taps: Tensor
+
+    def __init__(self, n_in: int, n_out: int, kind: Kind):
+        super().__init__()
+        self.kind, side = kind, SIDE[kind]
+        transposed = kind == "strided"
+        shape = (n_in, n_out) if transposed else (n_out, n_in)
+        self.weight = nn.Parameter(channels_last(*shape, side))
+        self.bias = nn.Parameter(torch.zeros(n_out))
+        init_weight(self.weight, n_in * side * side // (4 if transposed else 1))
+        one = torch.tensor(TAPS[kind], dtype=torch.float32)  # (2, 3, side)
+        both = torch.einsum("pyi,qxj->pqyxij", one, one)
+        self.register_buffer("taps", both.reshape(36, side * side), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x.permute(0, 3, 1, 2), self._kernels(), self.bias.repeat(4), padding=1)
+        return interleave(y.permute(0, 2, 3, 1))
+
+    def _kernels(self) -> Tensor:
+        """The four kernels side by side: (4 * out, in, 3, 3)."""
+        weight = self.weight if self.kind == "faithful" else self.weight.transpose(0, 1)
+        n_out, n_in = weight.shape[:2]
+        kernels = (weight.flatten(2) @ self.taps.t()).view(n_out, n_in, 4, 3, 3)
+        return kernels.permute(2, 0, 3, 4, 1).reshape(4 * n_out, 3, 3, n_in).permute(0, 3, 1, 2)
+
+
+def channels_last(n_out: int, n_in: int, side: int) -> Tensor:
+    """An empty kernel (n_out, n_in, side, side)."""
+    return torch.empty(n_out, n_in, side, side).to(memory_format=torch.channels_last)
+
+
+def interleave(x: Tensor) -> Tensor:
+    """(N, H, W, 4 C), the pixels of each 2x2 square side by side -> (N, 2 H, 2 W, C)."""
+    n, height, width, channels = x.shape
+    rows = x.reshape(n, height, width, 2, channels // 2).transpose(2, 3)
+    return rows.reshape(n, 2 * height, 2 * width, channels // 4)
+
+
+def image_error(logits: Tensor, target: Tensor) -> Tensor:
+    """Squared error (N,) of sigmoid(logits) (N, ...) to target (N, ...) uint8, in [0, 1]."""
+    transformed = torch.func.debug_unwrap(logits, recurse=False) is not logits
+    if transformed or not torch.is_grad_enabled():
+        return plain_image_error(logits, target)
+    return ImageError.apply(logits, target)
+
+
+def plain_image_error(logits: Tensor, target: Tensor) -> Tensor:
+    """`image_error` as it is written."""
+    return (logits.float().sigmoid() - target.float() / 255).square().flatten(1).sum(-1)
+
+
+class ImageError(torch.autograd.Function):
+    """`image_error`, which keeps nothing but the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        predicted = logits.float().sigmoid()
+        error = torch.sub(predicted, target, alpha=1 / 255)
+        loss = torch.linalg.vecdot(error.flatten(1), error.flatten(1))
+        ctx.save_for_backward(torch.ops.aten.sigmoid_backward(error, predicted).to(logits.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        (gradient,) = ctx.saved_tensors
+        scale = 2 * grads[0].to(gradient.dtype)
+        return gradient * scale.view(-1, *(1,) * (gradient.ndim - 1)), None
