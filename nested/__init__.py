@@ -1,9 +1,10 @@
 """Things that learn while they run: state in, state out, users axis first."""
 
-from nested import adapt, fast
-from nested.adapt import Adapter, AdapterState
+from nested import fast
+from nested.adapt import Adapter, AdapterState, Window, adapt
 from nested.deep import TTTMLP, DeepMemory, DeepState, NeuralMemory, TTTLinear
 from nested.memory import DeltaMemory, GatedDeltaMemory, HebbMemory, LinearMemory, LinearState
+from nested.users import Users
 
 __all__ = [
     "TTTMLP",
@@ -18,6 +19,8 @@ __all__ = [
     "LinearState",
     "NeuralMemory",
     "TTTLinear",
+    "Users",
+    "Window",
     "adapt",
     "fast",
 ]
