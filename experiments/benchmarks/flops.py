@@ -2,7 +2,8 @@
 
 Counted by torch as they are dispatched: matrix products and convolutions, two operations for each
 multiply-add, nothing else. The dynamics run as written, without nodes by hand; those make the same
-products, joined over time. An update is linear in its sequences, so one of them is counted.
+products, joined over time. What is done to the weights alone costs the same for any batch, and the
+rest is linear in its sequences: one and two of them are counted, and give the whole batch.
 """
 
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,10 +13,16 @@ from experiments.driver import replayed_batch, unpack
 from experiments.loop import Loop
 
 
-def update_flops(loop: Loop, counted: int = 1, readable: bool = True) -> int:
-    """Operations of the configured batch's losses and their backward pass; gradients are dropped.
+def update_flops(loop: Loop) -> int:
+    """Operations of the losses of the configured batch and of their backward pass."""
+    one, two = flops_of(loop, 1), flops_of(loop, 2)
+    return one + (two - one) * (loop.config.replay.batch - 1)
 
-    counted: sequences that are run. readable: False counts the dynamics as they are trained.
+
+def flops_of(loop: Loop, counted: int, readable: bool = True) -> int:
+    """As `update_flops`, of this many sequences; gradients are dropped.
+
+    readable: False counts the dynamics as they are trained.
     """
     dynamics = loop.agent.world.dynamics
     before, dynamics.readable = dynamics.readable, readable
@@ -29,4 +36,4 @@ def update_flops(loop: Loop, counted: int = 1, readable: bool = True) -> int:
     dynamics.readable = before
     for parameter in loop.agent.parameters():
         parameter.grad = None
-    return counter.get_total_flops() * loop.config.replay.batch // counted
+    return counter.get_total_flops()

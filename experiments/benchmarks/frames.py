@@ -9,8 +9,6 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-ID = f"{__name__}:RandomFrames-v0"  # gymnasium imports the module before the colon
-
 
 class RandomFrames(gymnasium.Env[Any, np.int64]):
     """An image of noise a step; rewards are normal, episodes do not end."""

@@ -18,6 +18,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def device_mb(device: torch.device) -> int:
+    """Peak memory that torch has taken on a GPU so far; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) >> 20 if device.type == "cuda" else 0
+
+
 def best(run: Callable[[], object], device: torch.device, seconds: float) -> float:
     """Shortest time of one run, in repetitions that take about `seconds` together."""
     found, end = float("inf"), time.perf_counter() + seconds

@@ -99,9 +99,9 @@ def profile(loop: Loop, updates: int) -> dict[str, float]:
     return {name: seconds / updates for name, seconds in watch.seconds.items()}
 
 
-def operators(loop: Loop, rows: int = 12) -> list[tuple[str, int, float]]:
+def operators(loop: Loop, rows: int) -> list[tuple[str, int, float]]:
     """The operators that take most of one update's time on the CPU: name, calls, seconds."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
         learn(loop)
-    events = sorted(found.key_averages(), key=lambda e: -e.self_cpu_time_total)[:rows]
-    return [(event.key, event.count, event.self_cpu_time_total / 1e6) for event in events]
+    events = sorted(found.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    return [(event.key, event.count, event.self_cpu_time_total / 1e6) for event in events[:rows]]

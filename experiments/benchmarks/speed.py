@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.benchmarks.reference import Spec, configured
 from experiments.benchmarks.statistics import bootstrap
-from experiments.benchmarks.worker import Spec, Worker, WorkerError
+from experiments.benchmarks.worker import Worker, WorkerError
 from experiments.config import ConfigError
 
 PEERS = Path(__file__).parent / "peers"
@@ -54,30 +55,32 @@ Row = dict[str, Any]
 
 # ---- measuring ---------------------------------------------------------------------------------
 def open_worker(spec: Spec) -> Worker:
-    """A process of ours that measures what `spec` says."""
+    """A process of ours that measures what `spec` says. Raises ConfigError for what can not run."""
+    configured(spec)
     module = "experiments.benchmarks.workload"
-    command = [sys.executable, "-m", module, json.dumps(spec._asdict())]
+    command = [sys.executable, "-m", module, spec.dump()]
     return Worker(f"{spec.kind} {spec.size} {spec.dtype}", command, spec.threads)
 
 
 def open_peer(python: str, spec: Spec) -> Worker:
     """A peer's process; -I keeps our packages, and the script's own name, out of its way."""
-    command = [python, "-I", str(PEERS / "sheeprl.py"), json.dumps(spec._asdict())]
+    command = [python, "-I", str(PEERS / "sheeprl.py"), spec.dump()]
     return Worker(f"peer {python}", command, spec.threads)
 
 
-def rounds_of(workers: Sequence[Worker], asked: Asked) -> tuple[np.ndarray, list[int]]:
-    """Seconds (workers, rounds, steps) of updates made in turn, and each one's peak MB."""
+def rounds_of(workers: Sequence[Worker], asked: Asked) -> tuple[np.ndarray, list[Row]]:
+    """Seconds (workers, rounds, steps) of steps made in turn, and each one's peak memory."""
     for worker in workers:
         worker.ask("time", asked.warmup)
     answers = [[worker.ask("time", asked.steps) for worker in workers] for _ in range(asked.rounds)]
     seconds = np.array([[answer["seconds"] for answer in found] for found in answers])
-    return seconds.swapaxes(0, 1), [answer["rss_mb"] for answer in answers[-1]]
+    peaks = [{k: v for k, v in answer.items() if k != "seconds"} for answer in answers[-1]]
+    return seconds.swapaxes(0, 1), peaks
 
 
 def median(values: np.ndarray) -> np.ndarray:
     """Median over the last axis."""
-    return np.median(values, axis=-1)
+    return np.median(values, -1)
 
 
 def timing(seconds: np.ndarray) -> Row:
@@ -87,7 +90,7 @@ def timing(seconds: np.ndarray) -> Row:
 
 
 def update_row(
-    who: str, spec: Spec, worker: Worker, seconds: np.ndarray, rss: int, machine: Mapping[str, Any]
+    who: str, spec: Spec, worker: Worker, seconds: np.ndarray, peak: Row, machine: Mapping[str, Any]
 ) -> Row:
     """A row of whole updates: times, work, and the distance to the limit."""
     hello, gflop = worker.hello(), worker.ask("flops")["gflop"]
@@ -98,14 +101,14 @@ def update_row(
     row["frames_per_s"] = hello["batch"] * hello["length"] / row["step_s"]
     row |= {"gflop": gflop, **machine}
     row["limit_ratio"] = row["step_s"] * machine["matmul_gflops"] / gflop
-    return row | {"rss_mb": rss, "overrides": list(spec.overrides)}
+    return row | peak | {"rounds": len(seconds), "overrides": list(spec.overrides)}
 
 
 def ratio_row(ours: Row, peer: Row, seconds: np.ndarray) -> Row:
     """How many times longer the peer takes: the median over paired rounds with its interval."""
     a, b = median(seconds)
     found = bootstrap(b / a, np.random.default_rng(0), median)
-    shared = {key: ours[key] for key in ("size", "dtype", "threads", "device")}
+    shared = {key: ours[key] for key in ("size", "dtype", "threads", "device", "overrides")}
     return {
         "what": "ratio", "who": ours["who"], "peer": peer["who"], **shared,
         "ratio": found.value, "ratio_95": [found.low, found.high], "rounds": len(a),
@@ -118,12 +121,12 @@ def updates(spec: Spec, asked: Asked, machine: Mapping[str, Any]) -> Iterator[Ro
         ours = stack.enter_context(open_worker(spec))
         peers = [stack.enter_context(open_peer(python, spec)) for python in asked.peers]
         peers = [peer for peer in peers if runs(peer)]
-        seconds, rss = rounds_of([ours, *peers], asked)
-        row = update_row("nested", spec, ours, seconds[0], rss[0], machine)
+        seconds, peaks = rounds_of([ours, *peers], asked)
+        row = update_row("nested", spec, ours, seconds[0], peaks[0], machine)
         yield row
         for i, peer in enumerate(peers, 1):
             who = peer.hello()["who"]
-            theirs = update_row(who, spec, peer, seconds[i], rss[i], machine)
+            theirs = update_row(who, spec, peer, seconds[i], peaks[i], machine)
             yield theirs
             yield ratio_row(row, theirs, seconds[[0, i]])
         if asked.profile:
@@ -152,11 +155,11 @@ def policies(asked: Asked) -> Iterator[Row]:
                 spec = asked.spec(kind="policy", encoder=encoder, batch=batch)
                 spec = spec._replace(threads=threads)
                 with open_worker(spec) as worker:
-                    seconds, rss = rounds_of([worker], calls)
+                    seconds, peaks = rounds_of([worker], calls)
                 row: Row = {"what": "policy", "who": "nested", "size": spec.size}
                 row |= {"encoder": encoder, "batch": batch, "threads": threads}
                 row |= {"device": spec.device, **timing(seconds[0])}
-                yield row | {"steps_per_s": batch / row["step_s"], "rss_mb": rss[0]}
+                yield row | {"steps_per_s": batch / row["step_s"], **peaks[0]}
 
 
 def ladder(size: str, asked: Asked) -> Iterator[Row]:
@@ -200,14 +203,14 @@ def measure(asked: Asked, words: argparse.Namespace) -> Iterator[Row]:
     machine = Machine()
     for size in words.sizes if "update" in chosen else ():
         for dtype in words.dtypes:
-            alone = asked  # only the first row of a size and dtype is paired with the peers
             for encoder in words.encoders:
                 for schedule in words.schedules:
                     fields = {"size": size, "dtype": dtype, "encoder": encoder}
                     spec = asked.spec(**fields, schedule=schedule)
                     tell(f"{size} {dtype} {encoder} {schedule} ...")
-                    yield from updates(spec, alone, machine.of(spec))
-                    alone = asked._replace(peers=())
+                    same = encoder == "faithful" and schedule == words.schedules[0]
+                    peers = asked.peers if same else ()  # they know neither of the others
+                    yield from updates(spec, asked._replace(peers=peers), machine.of(spec))
     if "policy" in chosen:
         tell("policy ...")
         yield from policies(asked)

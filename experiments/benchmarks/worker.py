@@ -12,29 +12,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from pathlib import Path
+from typing import Any, Self
 
 TAIL = 8  # lines of a dead child's errors that are shown
-
-
-class Spec(NamedTuple):
-    """What a child measures: the reference workload unless `kind` says otherwise."""
-
-    kind: str = "update"  # update, small, policy, levels, machine
-    size: str = "1m"
-    dtype: str = "float32"
-    encoder: str = "faithful"
-    schedule: str = "plain"  # plain, k1, k3, k5
-    threads: int = 1
-    device: str = "cpu"
-    batch: int = 16  # environment slots of a policy
-    overrides: tuple[str, ...] = ()  # field=value, last word on the configuration
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """From the JSON of `_asdict`."""
-        fields = json.loads(text)
-        return cls(**{**fields, "overrides": tuple(fields.get("overrides", ()))})
 
 
 class WorkerError(Exception):
@@ -57,6 +38,11 @@ class Worker:
             env={**os.environ, **counts},
         )
         self._hello: dict[str, Any] | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._process.poll() is not None
 
     def hello(self) -> dict[str, Any]:
         """What the child says of itself; waits until it is ready. Raises WorkerError."""
@@ -111,5 +97,10 @@ def _say(answer: Mapping[str, Any]) -> None:
 
 
 def peak_mb() -> int:
-    """Peak resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    """Peak resident memory of this process so far; its parent's is not part of it on Linux."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss starts at what the parent held when it made this process
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) // 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> 20 if sys.platform == "darwin" else peak // 1024

@@ -1,8 +1,8 @@
 """What `nested bench speed` measures, each in a process of its own that answers questions.
 
-`update` is the reference workload: 64x64x3 images, six actions, 16 sequences of 64 rows, 15 steps
-imagined from every row. `small` is the scale of CartPole. Both time whole updates as training makes
-them: `learn` on a Loop whose replay holds random rows. `policy` times acting on such rows.
+`update` and `small` time whole updates as training makes them: `learn` on a Loop whose replay holds
+random rows. `policy` times acting on such rows. `levels` takes turns between loops that differ in
+their levels alone. `machine` is what the machine itself can do.
 """
 
 import sys
@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.benchmarks import frames, parts
+from experiments import show
+from experiments.benchmarks import parts
 from experiments.benchmarks.flops import update_flops
-from experiments.benchmarks.machine import matmul_gflops, memcpy_gb_s, synchronize
-from experiments.benchmarks.worker import Spec, peak_mb, serve
+from experiments.benchmarks.machine import device_mb, matmul_gflops, memcpy_gb_s, synchronize
+from experiments.benchmarks.reference import Spec, configured
+from experiments.benchmarks.worker import peak_mb, serve
 from experiments.build import make_rule
-from experiments.config import Config, levels_of, load_config
+from experiments.config import ConfigError, levels_of
 from experiments.config.levels import DescendConfig
 from experiments.driver import pack, to_batch
 from experiments.envs import Row
@@ -34,32 +36,6 @@ from worldmodel import ObsSpec
 
 CHUNKS = 64  # sequences in the replay
 LADDER = {1: 2, 3: 4, 5: 2}  # levels -> ratio of their periods; the longest is 16
-RULE = ["timescales.rule.kind=laprop", "timescales.rule.warmup=100"]
-REFERENCE = [
-    f"env.id={frames.ID}", "env.units={}", "env.num=16", "env.workers=inprocess",
-    "agent.starts=0", "agent.horizon=15", "replay.batch=16", "replay.length=64",
-]  # fmt: skip
-SMALL = [
-    "env.id=CartPoleShift-v0", "env.num=16", "model.size=tiny", "agent.starts=8",
-    "agent.horizon=10", "replay.batch=16", "replay.length=16",
-]  # fmt: skip
-
-
-def configured(spec: Spec) -> Config:
-    """The configuration of what is measured: the same rule on every schedule, no memory."""
-    k = int(spec.schedule.removeprefix("k")) if spec.schedule != "plain" else 0
-    levels = ["timescales.kind=geometric", f"timescales.k={k}", "timescales.base=4"] if k else []
-    reference = [*REFERENCE, f"model.size={spec.size}"]
-    fields = [
-        *(SMALL if spec.kind == "small" or spec.size == "small" else reference),
-        f"model.encoder={spec.encoder}",
-        f"precision={spec.dtype}",
-        f"threads={spec.threads}",
-        f"device={spec.device}",
-        *("env.contexts=[]", "replay.capacity=4096", "train.prefill=1024", "frames=2048"),
-        *("tracking.mlflow=false", *levels, *RULE, *spec.overrides),
-    ]
-    return load_config("plain", fields)
 
 
 def loop_of(spec: Spec) -> Loop:
@@ -138,7 +114,8 @@ def subject(spec: Spec) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]
     step = policy(loop, spec.batch) if spec.kind == "policy" else lambda: learn(loop)
 
     def timed(count: int) -> dict[str, Any]:
-        return {"seconds": seconds(step, count, loop.device), "rss_mb": peak_mb()}
+        found = {"seconds": seconds(step, count, loop.device), "rss_mb": peak_mb()}
+        return found | {"device_mb": device_mb(loop.device)}
 
     replay = loop.config.replay
     hello = {
@@ -177,10 +154,15 @@ class Textbook:
         return self._slow
 
 
+def textbook(loop: Loop) -> Timescales:
+    """A Textbook where the loop expects its engine: it answers all that `learn` asks."""
+    return cast(Timescales, Textbook(loop))
+
+
 def ladder(spec: Spec) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]]:
     """Loops that differ in their levels alone, each asked for the same updates in every round."""
     plain = loop_of(spec)
-    plain.timescales = cast(Timescales, Textbook(plain))
+    plain.timescales = textbook(plain)
     loops = {"plain": plain}
     for k, base in LADDER.items():
         fields = (*spec.overrides, f"timescales.base={base}")
@@ -205,4 +187,8 @@ def machine(spec: Spec) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]
 
 
 if __name__ == "__main__":
-    serve(*subject(Spec.parse(sys.argv[1])))
+    try:
+        serve(*subject(Spec.parse(sys.argv[1])))
+    except ConfigError as found:
+        show.error(found)
+        sys.exit(2)
