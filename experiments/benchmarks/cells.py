@@ -1,0 +1,138 @@
+"""Cells: a stream, a method and seeds give one result, in a folder of its own.
+
+A folder appears whole or not at all, so a suite that is killed goes on with the cell it was in and
+repeats none that is done. A folder's name holds a digest of all that the result depends on: other
+options are other cells. Any kind of stream fits whose result has scores R; who computes it is
+handed in.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.benchmarks import metrics
+
+COLUMNS = ("stream", "method", "seed", "after", "task", "metric", "value")
+
+
+class Cell(NamedTuple):
+    """What is run in one piece; `options` are JSON values, everything else that counts."""
+
+    stream: str
+    method: str
+    seeds: tuple[int, ...]
+    options: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The folder's name."""
+        whole = json.dumps(described(self), sort_keys=True)
+        digest = hashlib.sha256(whole.encode()).hexdigest()[:10]
+        return f"{self.stream.rpartition('/')[2]}--{self.method}--{digest}"
+
+
+class Result(NamedTuple):
+    """What a cell gave, for S seeds and N tasks."""
+
+    scores: np.ndarray  # R (S, N+1, N)
+    by_task: dict[str, np.ndarray]  # (S, N) each: "auc", "online", "dormant" ...
+    arrays: dict[str, np.ndarray]  # anything else that is worth keeping
+    info: dict[str, Any]  # JSON values: costs
+
+
+Tell = Callable[[float], None]  # hears the share of a cell that is done
+Run = Callable[[Cell, Tell], Result]
+
+
+def described(cell: Cell) -> dict[str, Any]:
+    """A cell as JSON values."""
+    return {**cell._asdict(), "seeds": list(cell.seeds), "options": dict(cell.options)}
+
+
+def run_cells(
+    cells: Iterable[Cell],
+    run: Run,
+    folder: Path,
+    show: Callable[[Cell, float, Result | None], None] = lambda cell, share, result: None,
+) -> dict[str, Result]:
+    """Results by key: found in `folder`, or run and put there. `show` hears of every step."""
+    found: dict[str, Result] = {}
+    for cell in cells:
+        path = folder / cell.key
+        if not path.exists():
+            show(cell, 0.0, None)
+            save(path, cell, run(cell, lambda share, cell=cell: show(cell, share, None)))
+        found[cell.key] = load(path)
+        show(cell, 1.0, found[cell.key])
+    return found
+
+
+def save(path: Path, cell: Cell, result: Result) -> None:
+    """Write a cell's folder: cell.json, R.npz and rows.csv; whole or not at all."""
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    half.mkdir(parents=True)
+    try:
+        stored = {f"by_task/{name}": values for name, values in result.by_task.items()}
+        _store(half / "R.npz", {"R": result.scores, **stored, **result.arrays})
+        with (half / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+            write_rows(file, rows(cell, result))
+        text = json.dumps({**described(cell), "info": result.info}, indent=2)
+        (half / "cell.json").write_text(text, encoding="utf-8")
+        half.rename(path)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def load(path: Path) -> Result:
+    """The result in a cell's folder."""
+    with np.load(path / "R.npz") as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    info = json.loads((path / "cell.json").read_text("utf-8"))["info"]
+    by_task = {name[8:]: arrays.pop(name) for name in list(arrays) if name.startswith("by_task/")}
+    return Result(arrays.pop("R"), by_task, arrays, info)
+
+
+def _store(path: Path, arrays: Mapping[str, Any]) -> None:
+    np.savez_compressed(path, **arrays)
+
+
+# ---- long format -------------------------------------------------------------------------------
+def rows(cell: Cell, result: Result) -> Iterator[tuple]:
+    """Rows of COLUMNS: every score, every number by task, every metric by seed.
+
+    `after` counts the tasks trained on and `task` the tasks, both from 1; empty where a number is
+    not of a task or of a moment.
+    """
+    names = (cell.stream, cell.method)
+    for s, seed in enumerate(cell.seeds):
+        for (after, task), value in np.ndenumerate(result.scores[s]):
+            yield *names, seed, after, task + 1, "score", float(value)
+        for name, values in result.by_task.items():
+            for task, value in enumerate(values[s]):
+                yield *names, seed, task + 1, task + 1, name, float(value)
+    for name, values in metrics.of_scores(result.scores).items():
+        for seed, value in zip(cell.seeds, values, strict=True):
+            yield *names, seed, "", "", name, float(value)
+
+
+def write_rows(file: Any, found: Iterable[tuple]) -> None:
+    """A table in long format, with its head."""
+    writer = csv.writer(file)
+    writer.writerow(COLUMNS)
+    writer.writerows(found)
+
+
+def collect(cells: Iterable[Cell], results: Mapping[str, Result], folder: Path) -> None:
+    """All cells in one: results.csv in long format, and R.npz with `stream/method` for each R."""
+    cells = list(cells)
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        write_rows(file, (row for cell in cells for row in rows(cell, results[cell.key])))
+    scores = {f"{cell.stream}/{cell.method}": results[cell.key].scores for cell in cells}
+    _store(folder / "R.npz", scores)

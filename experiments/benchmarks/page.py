@@ -1,0 +1,142 @@
+"""The page of the continual-learning benchmark, a picture for each stream.
+
+Scores R as heatmaps, learning against forgetting in one plane, differences to plain paired by seed,
+and what each method costs: AP_final alone hides everything, so it never stands alone here.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from experiments.benchmarks.cells import Result
+from experiments.record.curves import FAINT, INK, PALETTE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ACROSS = 6  # heatmaps in a row
+DIFFERENCES = ("AP_final", "ALA", "F")
+
+
+def draw(
+    summary: Mapping[str, Any], results: Mapping[tuple[str, str], Result], folder: Path
+) -> list[Path]:
+    """Draw `continual-STREAM.png` for each stream of the summary; returns the paths."""
+    from matplotlib import rc_context
+
+    from experiments.record.report import STYLE
+
+    paths = []
+    for stream, found in summary.items():
+        scores = {method: results[stream, method].scores for method in found["methods"]}
+        path = folder / f"continual-{stream.rpartition('/')[2]}.png"
+        with rc_context(STYLE):
+            figure = _page(stream, found, scores)
+            figure.savefig(path, dpi=100, facecolor="white")
+        paths.append(path)
+    return paths
+
+
+def _page(stream: str, found: Mapping[str, Any], scores: Mapping[str, np.ndarray]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    heights = -(-len(scores) // ACROSS)
+    rows = len(scores)
+    figure = Figure(figsize=(15, 2.4 * heights + 5.2 + 0.26 * rows), layout="constrained")
+    ratios = [2.4 * heights + 0.5, 4.7, 0.26 * rows + 0.6]
+    maps, plots, costs = figure.subfigures(3, 1, squeeze=False, height_ratios=ratios)[:, 0]
+    maps.suptitle(
+        f"{stream}, {len(found['seeds'])} seeds: score on each task (across) after training on "
+        "each task (down), mean over seeds; the first row is untrained",
+        fontweight="bold", x=0.01, ha="left",
+    )  # fmt: skip
+    _heatmaps(maps, scores)
+    left, right = plots.subplots(1, 2, width_ratios=[1, 1.25])
+    _plane(left, found["methods"])
+    _differences(right, found["pairs"])
+    _costs(costs.subplots(), found["methods"])
+    return figure
+
+
+def _heatmaps(figure: Any, scores: Mapping[str, np.ndarray]) -> None:
+    panels = figure.subplots(-(-len(scores) // ACROSS), ACROSS, squeeze=False).ravel()
+    image = None
+    for axes, (method, values) in zip(panels, scores.items(), strict=False):
+        image = axes.imshow(values.mean(0), vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
+        axes.set_title(method, fontsize=9.5)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    for axes in panels[len(scores) :]:
+        axes.axis("off")
+    if image is not None:
+        figure.colorbar(image, ax=list(panels), shrink=0.8, pad=0.01)
+
+
+def _plane(axes: "Axes", methods: Mapping[str, Any]) -> None:
+    """Up is learned well, right is forgotten."""
+    for i, (method, row) in enumerate(methods.items()):
+        x, y = row["metrics"]["F"], row["metrics"]["ALA"]
+        bars = {"xerr": _bars(x), "yerr": _bars(y), "ecolor": FAINT, "elinewidth": 1}
+        axes.errorbar(x["value"], y["value"], fmt="o", color=PALETTE[i % len(PALETTE)], **bars)
+        axes.annotate(
+            method, (x["value"], y["value"]), xytext=(5, 4), textcoords="offset points",
+            fontsize=8.5, color=INK,
+        )  # fmt: skip
+    axes.set_title("learned, and forgotten")
+    axes.set_xlabel("F: fall of a task's score to the end")
+    axes.set_ylabel("ALA: score just after a task was learned")
+    axes.grid()
+
+
+def _differences(axes: "Axes", pairs: Mapping[str, Any]) -> None:
+    for k, metric in enumerate(DIFFERENCES):
+        rows = [row[metric] for row in pairs.values()]
+        height = np.arange(len(rows)) + 0.22 * (k - 1)
+        bars = np.concatenate([_bars(row) for row in rows], 1) if rows else None
+        axes.errorbar(
+            [row["value"] for row in rows], height, xerr=bars, fmt="o", markersize=4,
+            color=PALETTE[k], label=metric,
+        )  # fmt: skip
+    axes.axvline(0.0, color=INK, linewidth=0.8)
+    axes.set_yticks(range(len(pairs)), list(pairs), fontsize=8.5)
+    axes.invert_yaxis()
+    axes.set_title("differences, paired by seed, 95 %")
+    axes.grid(axis="x")
+    if pairs:
+        axes.legend(frameon=False, fontsize=8.5)
+
+
+def _costs(axes: "Axes", methods: Mapping[str, Any]) -> None:
+    axes.axis("off")
+    head = ["method", "core us a row", "FLOPs a row", "levels: parameters, clock, FLOPs a row"]
+    cells = [
+        [
+            method,
+            f"{row['cost']['core_us_per_interaction']:.1f}",
+            f"{row['cost']['flops_per_interaction']:,.0f}",
+            "; ".join(
+                f"{name} {level['parameters']:,} {level['every']}, {level['flops']:,}"
+                for name, level in row["cost"]["levels"].items()
+            ),
+        ]
+        for method, row in methods.items()
+    ]
+    made = axes.table(
+        cells,
+        colLabels=head,
+        colWidths=[0.1, 0.08, 0.1, 0.72],
+        loc="center",
+        edges="horizontal",
+        cellLoc="left",
+    )
+    made.auto_set_font_size(False)
+    made.set_fontsize(8.5)
+
+
+def _bars(row: Mapping[str, float]) -> np.ndarray:
+    """Distances of an interval's ends from its value (2, 1); a bootstrap's may lie outside."""
+    ends = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+    return np.maximum(ends, 0.0)
