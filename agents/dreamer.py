@@ -118,7 +118,7 @@ class Dreamer(nn.Module):
         with torch.no_grad():
             reward = self.world.reward.mean(self.world.reward(feature))
             live = self.world.continues(feature).sigmoid()
-        slow_value = self._slow_value(feature, slow_critic)
+        slow_value = self._slow_value(feature[:, :-1], slow_critic)
         logits = self.critic(feature)
         value = self.critic.mean(logits.detach())
         returns = lambda_return(reward, live, torch.ones_like(live), value, self.lam)
@@ -131,7 +131,7 @@ class Dreamer(nn.Module):
         entropy = self.actor.entropy(params)
         log_prob = self.actor.log_prob(params, dream.action[:, :-1])
         policy = -weight * (log_prob * advantage + self.entropy * entropy)
-        critic = weight * self._value_loss(logits[:, :-1], returns, slow_value[:, :-1])
+        critic = weight * self._value_loss(logits[:, :-1], returns, slow_value)
         shape = (len(posterior.deter), -1)
         losses = {"policy": policy.mean(1).view(shape), "value": critic.mean(1).view(shape)}
         metrics = {
@@ -158,9 +158,9 @@ class Dreamer(nn.Module):
         last = torch.cat([first[:, 1:], torch.zeros_like(first[:, :1])], 1)
         live = (~terminal).float() * self.world.discount
         target = lambda_return(batch.reward[:, -k:], live, (~last).float(), returns, self.lam)
-        logits = self.critic(feature)
-        slow_value = self._slow_value(feature, slow_critic)
-        loss = self._value_loss(logits[:, :-1], target, slow_value[:, :-1])
+        logits = self.critic(feature[:, :-1])
+        slow_value = self._slow_value(feature[:, :-1], slow_critic)
+        loss = self._value_loss(logits, target, slow_value)
         return (~last[:, :-1]).float() * loss
 
     @torch.no_grad()
@@ -170,6 +170,4 @@ class Dreamer(nn.Module):
 
     def _value_loss(self, logits: Tensor, target: Tensor, slow_value: Tensor) -> Tensor:
         """Error against returns, and against the slow critic as a regulariser."""
-        logp = logits.log_softmax(-1)
-        regular = self.critic.loss_of(logp, slow_value)
-        return self.critic.loss_of(logp, target) + self.slow_regularizer * regular
+        return self.critic.loss(logits, target, slow_value, weights=(1.0, self.slow_regularizer))

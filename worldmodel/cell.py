@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from worldmodel.heads import sample, unimix
+from worldmodel.heads import sample, softmax, softmax_back, unimix
 from worldmodel.nets import EPSILON, block_matmul
 
 aten: Any = torch.ops.aten
@@ -242,7 +242,7 @@ class Leave(torch.autograd.Function):
         post_scaled = post * w.post_scale
         post_hidden = F.silu(post_scaled)
         logits = torch.addmm(w.post_bias, post_hidden, w.post_out)
-        soft = logits.view(-1, draw.stoch, draw.classes).softmax(-1)
+        soft = softmax(logits.view(-1, draw.stoch, draw.classes))
         probs = soft * (1 - draw.mix) + draw.mix / draw.classes if draw.mix else soft
         ctx.records = records
         recurrent = (deter, x, recalled, normal, factor, scaled, hidden)
@@ -278,7 +278,7 @@ def _posterior_back(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Gradients of `seen` and of the new deter, and what the weights need."""
     new, post, factor, scaled, hidden, soft = saved
-    g_logits = aten._softmax_backward_data(g_soft, soft, -1, soft.dtype).flatten(1)
+    g_logits = softmax_back(g_soft, soft).flatten(1)
     g_scaled = aten.silu_backward(g_logits @ w.post_out.t(), scaled)
     g_seen = normalise_back(g_scaled * w.post_scale, post, factor)
     g_new = torch.addmm(g_new, g_seen, w.post_deter.t())

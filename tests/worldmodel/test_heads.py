@@ -1,10 +1,11 @@
 """Distributions: two-hot scalars, unimix categoricals, draws."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 from worldmodel import TwoHot
-from worldmodel.heads import kl, race, sample, unimix
+from worldmodel.heads import cross_entropy, kl, race, sample, softmax, softmax_back, unimix
 
 
 def test_two_hot_starts_at_zero_and_its_loss_is_minimal_at_the_target():
@@ -62,3 +63,38 @@ def test_unimix_never_reaches_zero_and_kl_is_torch_s():
         torch.distributions.Categorical(p), torch.distributions.Categorical(q)
     )
     assert torch.allclose(kl(p, q), expected.sum(-1), atol=1e-5)
+
+
+def test_cross_entropy_by_hand_is_the_readable_one():
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(3, 4, 41, generator=generator, dtype=torch.float64, requires_grad=True)
+    index = torch.tensor([3, 4, 4, 5]).expand(3, 4, 4)  # a class may come twice
+    share = torch.rand(3, 4, 4, generator=generator, dtype=torch.float64)
+    push = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    ours = cross_entropy(logits, index, share)
+    theirs = -(logits.log_softmax(-1).gather(-1, index) * share).sum(-1)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    a, b = (torch.autograd.grad(y, logits, push, retain_graph=True)[0] for y in (ours, theirs))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    mapped = torch.func.vmap(cross_entropy)(logits, index, share)
+    torch.testing.assert_close(mapped, theirs)
+
+
+def test_cross_entropy_of_the_impossible_still_has_its_gradient():
+    logits = torch.tensor([0.0, 200.0], requires_grad=True)
+    loss = cross_entropy(logits, torch.tensor([0]), torch.tensor([1.0]))
+    loss.backward()
+    assert logits.grad is not None
+    assert torch.equal(logits.grad, torch.tensor([-1.0, 1.0]))
+    assert 80 < loss.item() <= 200
+
+
+@pytest.mark.parametrize("classes", [2, 8, 15, 16, 255])
+def test_softmax_is_torch_s(classes: int):
+    logits = 30 * torch.randn(5, 3, classes, dtype=torch.float64, requires_grad=True)  # pyright: ignore
+    push = torch.randn(5, 3, classes, dtype=torch.float64)
+    ours, theirs = softmax(logits), logits.softmax(-1)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
+    a, b = (torch.autograd.grad(y, logits, push)[0] for y in (ours, theirs))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    torch.testing.assert_close(softmax_back(push, ours.detach()), b, rtol=0, atol=1e-12)
