@@ -2,22 +2,33 @@
 
 from nested import fast
 from nested.adapt import Adapter, AdapterState, Window, adapt
+from nested.cms import ChainState, ContinuumMemory
 from nested.deep import TTTMLP, DeepMemory, DeepState, NeuralMemory, TTTLinear
+from nested.hope import HopeBlock, HopeState, SelfModifyingMemory, SelfState
 from nested.memory import DeltaMemory, GatedDeltaMemory, HebbMemory, LinearMemory, LinearState
+from nested.rls import RLSMemory, RLSState
 from nested.users import Users
 
 __all__ = [
     "TTTMLP",
     "Adapter",
     "AdapterState",
+    "ChainState",
+    "ContinuumMemory",
     "DeepMemory",
     "DeepState",
     "DeltaMemory",
     "GatedDeltaMemory",
     "HebbMemory",
+    "HopeBlock",
+    "HopeState",
     "LinearMemory",
     "LinearState",
     "NeuralMemory",
+    "RLSMemory",
+    "RLSState",
+    "SelfModifyingMemory",
+    "SelfState",
     "TTTLinear",
     "Users",
     "Window",

@@ -4,7 +4,7 @@ From x come a query, a key, a value and gates for each head; `learn` and `recall
 The projections do not depend on the state, so a sequence makes them for all steps at once; what is
 recurrent runs step by step, in the same operations, so a sequence is its steps.
 
-Shapes: B users, T time, H heads, D width of a head, P = 3 D + gates.
+Shapes: B users, T time, H heads, D width of a head, P = parts * D + gates.
 """
 
 import math
@@ -21,20 +21,29 @@ from nested import linear
 class Associative(nn.Module):
     """Abstract: a rule gives `initial`, `learn` and `recall`.
 
-    `gates` are the values in (0, 1) that the gates begin with, whatever x is.
+    x gives each head `parts` rows of width D, the query first, and gates, raw; `gates` are the
+    values in (0, 1) that their sigmoids begin with, whatever x is.
     """
 
-    def __init__(self, dim_in: int, dim_out: int, dim: int, heads: int, gates: Sequence[float]):
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        dim: int,
+        heads: int,
+        gates: Sequence[float],
+        parts: int = 3,
+    ):
         super().__init__()
         if min(dim_in, dim_out, dim, heads) < 1:
             raise ValueError(f"sizes must be positive: {dim_in=}, {dim_out=}, {dim=}, {heads=}")
         self.dim, self.heads = dim, heads
-        self.into = nn.Linear(dim_in, heads * (3 * dim + len(gates)))
+        self.into = nn.Linear(dim_in, heads * (parts * dim + len(gates)))
         self.out = nn.Linear(heads * dim, dim_out, bias=False)
         with torch.no_grad():
             bias = self.into.bias.view(heads, -1)
             for i, gate in enumerate(gates):
-                bias[:, 3 * dim + i] = math.log(gate / (1 - gate))
+                bias[:, parts * dim + i] = math.log(gate / (1 - gate))
 
     def initial(self, batch: int) -> Any:
         """The state of `batch` users that have written nothing."""

@@ -1,11 +1,12 @@
 """Deep memories: a small network for each user and head that learns while it runs.
 
-    S' = eta S - theta grad 0.5 |M(k; W_c) - v|^2;   W' = alpha W + S';   y = M(q; W')
+    S' = eta S - theta grad 0.5 |M(k; W_c) - v|^2;   W' = W0 + alpha (W - W0) + S';   y = M(q; W')
 
 theta, eta and alpha are gates that x sets anew at each step; W_c are the weights at the start of
 the chunk, W itself if chunk = 1. The chunk begins anew after a reset, so users need not be in step.
-Titans (2501.00663) has all of it; TTT (2407.04620) neither momentum nor forgetting, but a
-norm and a residual around the network. What a user starts from is slow: `first`, `second`.
+What a user starts from, W0 = `start`, is slow, and what is forgotten falls back to it: Titans
+forget to zero, a saddle where a network of two layers stops learning for good. Titans (2501.00663)
+have all of this; TTT (2407.04620) neither momentum nor forgetting, but a norm and a residual.
 
 Shapes: B users, T time, H heads, D width of a head, E hidden width; N = B * H.
 """
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from nested import inner, linear
 from nested.base import Associative
-from nested.inner import Bare, End, NormedResidual, Residual, Weights
+from nested.inner import Bare, End, NormedResidual, Residual, Weights, flat, unflat
 
 
 class DeepState(NamedTuple):
@@ -79,14 +80,17 @@ class DeepMemory(Associative):
         shape = (*z.shape[:2], self.dim)
         p = linear.parts(z.flatten(0, 1), self.dim)
         q, k = p.qk[:, :1], p.qk[:, 1:]
-        weights, anchor, velocity = (flat(ws) for ws in state[:3])
+        weights, velocity = flat(state.weights), flat(state.velocity)
+        at = flat(state.anchor) or weights
         gates = p.gates.unsqueeze(2).unsqueeze(3).unbind(1)  # (N, 1, 1) each
-        error, seen, deltas = inner.surprise(self.end, anchor or weights, k, p.value.unsqueeze(1))
+        error, seen, deltas = inner.surprise(self.end, at, k, p.value.unsqueeze(1))
         rate = -self.rate * gates[0]
         if self.momentum is not None:
             velocity = tuple(gates[1] * s for s in velocity)
         if self.forget is not None:
-            weights = tuple(gates[-1] * w for w in weights)
+            alpha = gates[-1].view(-1, self.heads, 1, 1)
+            pairs = zip(self.start, state.weights, strict=True)
+            weights = flat(tuple(torch.lerp(w0, w, alpha) for w0, w in pairs))
         into = velocity or weights
         steps = tuple(
             inner.outer(w, x, rate * d) for w, x, d in zip(into, seen.inputs, deltas, strict=True)
@@ -129,24 +133,6 @@ class DeepMemory(Associative):
         return DeepState(weights, anchor, velocity, phase, error)
 
 
-def flat(weights: Weights) -> Weights:
-    """(B, H, D, E) -> (N, D, E)."""
-    return tuple(w.flatten(0, 1) for w in weights)
-
-
-def unflat(weights: Weights, shape: Sequence[int]) -> Weights:
-    """(N, D, E) -> (B, H, D, E), shape (B, H, ...)."""
-    return tuple(w.view(shape[0], shape[1], *w.shape[1:]) for w in weights)
-
-
-def features(dim: int, hidden: int, heads: int) -> list[Tensor]:
-    """Start weights of a two-layer network: random features of a unit key, and zeros behind."""
-    if min(dim, hidden, heads) < 1:
-        raise ValueError(f"sizes must be positive: {dim=}, {hidden=}, {heads=}")
-    first = nn.init.normal_(torch.empty(heads, dim, hidden))
-    return [first, torch.zeros(heads, hidden, dim)]
-
-
 class NeuralMemory(DeepMemory):
     """A two-layer network with momentum and forgetting (Titans, 2501.00663).
 
@@ -168,7 +154,7 @@ class NeuralMemory(DeepMemory):
         residual: bool = False,
         rate: float | None = None,
     ):
-        start = features(dim, hidden, heads)
+        start = inner.features(dim, hidden, heads)
         rate = 2.0 / (hidden * chunk) if rate is None else rate
         end = Residual() if residual else Bare()
         super().__init__(dim_in, dim_out, start, rate, momentum, forget, chunk, end)
@@ -208,6 +194,6 @@ class TTTMLP(DeepMemory):
         rate: float = 0.1,
         normed: bool = True,
     ):
-        start = features(dim, hidden, heads)
+        start = inner.features(dim, hidden, heads)
         end = NormedResidual(dim, heads) if normed else Bare()
         super().__init__(dim_in, dim_out, start, rate, None, None, chunk, end)

@@ -9,6 +9,7 @@ slow parameters learn through the inner step.
 Shapes: N = users * heads, C rows of each, D and E widths of a layer.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -119,3 +120,21 @@ def surprise(
 def outer(w: Tensor, x: Tensor, delta: Tensor) -> Tensor:
     """w + x^T delta for one row of each: w (N, D, E), x (N, 1, D), delta (N, 1, E)."""
     return torch.addcmul(w, x.mT, delta)
+
+
+def flat(weights: Weights) -> Weights:
+    """(B, H, D, E) -> (N, D, E)."""
+    return tuple(w.flatten(0, 1) for w in weights)
+
+
+def unflat(weights: Weights, shape: Sequence[int]) -> Weights:
+    """(N, D, E) -> (B, H, D, E), shape (B, H, ...)."""
+    return tuple(w.view(shape[0], shape[1], *w.shape[1:]) for w in weights)
+
+
+def features(dim: int, hidden: int, heads: int) -> list[Tensor]:
+    """Start weights of a two-layer network: random features of a unit key, and zeros behind."""
+    if min(dim, hidden, heads) < 1:
+        raise ValueError(f"sizes must be positive: {dim=}, {hidden=}, {heads=}")
+    first = nn.init.normal_(torch.empty(heads, dim, hidden))
+    return [first, torch.zeros(heads, hidden, dim)]

@@ -10,10 +10,14 @@ import torch
 
 from nested import (
     TTTMLP,
+    ContinuumMemory,
     DeltaMemory,
     GatedDeltaMemory,
     HebbMemory,
+    HopeBlock,
     NeuralMemory,
+    RLSMemory,
+    SelfModifyingMemory,
     TTTLinear,
 )
 
@@ -27,6 +31,14 @@ MEMORIES: dict[str, Callable[[int, int], Any]] = {
     ),
     "ttt linear": lambda dim_in, dim_out: TTTLinear(dim_in, dim_out, 8, heads=2, chunk=4),
     "ttt mlp": lambda dim_in, dim_out: TTTMLP(dim_in, dim_out, dim=8, hidden=16, chunk=4),
+    "rls": lambda dim_in, dim_out: RLSMemory(dim_in, dim_out, dim=8, heads=2),
+    "continuum": lambda dim_in, dim_out: ContinuumMemory(
+        dim_in, dim_out, dim=8, hidden=12, chunks=(1, 2, 6)
+    ),
+    "hope": lambda dim_in, dim_out: HopeBlock(
+        SelfModifyingMemory(dim_in, 6, dim=6, hidden=8, chunk=2),
+        ContinuumMemory(6, dim_out, dim=6, hidden=8, chunks=(1, 3)),
+    ),
 }
 
 
