@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from worldmodel.heads import at_least_float32
 from worldmodel.nets import Linear
 from worldmodel.scale import RunningRMS
 from worldmodel.tokenizer import learned
@@ -164,7 +165,7 @@ class ShortcutDynamics(nn.Module):
             self.transformer(self._all(z, levels, actions, clip.task), clip.first)
         )
         target = self.targets(data, z, levels, actions, clip.first, rows)
-        error = (self.predict(frame, z, tau) - target).float().square().mean((-2, -1))
+        error = at_least_float32(self.predict(frame, z, tau) - target).square().mean((-2, -1))
         tau = tau[..., 0, 0]
         loss = error * self.space(tau) * self.weigh(tau)
         return {"dynamics": self.norm(loss, weight)}, feature

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from worldmodel.heads import at_least_float32
 from worldmodel.nets import Linear
 from worldmodel.scale import RunningRMS
 from worldmodel.transformer import Context, Transformer, Trunk
@@ -131,10 +132,10 @@ class Tokenizer(nn.Module):
         patches = self._cut(images)
         tokens = self._seen(patches, hidden_patches(patches, self.hide, generator))
         latents = self._bottleneck(self.encoder(tokens, first))
-        painted = self._painted(latents, first)
-        losses = {"mse": (painted.float() - patches).square().mean((-2, -1))}
+        painted = at_least_float32(self._painted(latents, first))
+        losses = {"mse": (painted - patches).square().mean((-2, -1))}
         if self.perceptual is not None:
-            pair = (self.patches.join(x).flatten(0, 1) for x in (painted.float(), patches))
+            pair = (self.patches.join(x).flatten(0, 1) for x in (painted, patches))
             losses["perceptual"] = self.perceptual(*pair).view(images.shape[:2])
         return {name: self.norms[name](loss) for name, loss in losses.items()}
 
@@ -162,8 +163,8 @@ class Tokenizer(nn.Module):
 
 
 def learned(*shape: int) -> nn.Parameter:
-    """A learned embedding."""
-    return nn.Parameter(0.02 * nn.init.normal_(torch.empty(shape)))
+    """Learned tokens or places, large enough at the start to tell their frame's tokens apart."""
+    return nn.Parameter(0.5 * nn.init.normal_(torch.empty(shape)))
 
 
 def hidden_patches(patches: Tensor, most: float, generator: torch.Generator | None) -> Tensor:
