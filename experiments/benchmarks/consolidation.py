@@ -7,7 +7,7 @@ hierarchical ridge regression on every interaction so far.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -53,23 +53,32 @@ def mean_since(updates: int) -> float:
     return 1.0 / max(1, updates - BURN + 1)
 
 
-def schedules(every: Every) -> dict[str, list[Level]]:
-    """Ways to consolidate, each as levels.
+class Method(NamedTuple):
+    """A way to consolidate: its levels, and what they learn from."""
 
-    The average over rounds is Polyak and Ruppert's: it reaches the error of the optimum whatever
-    the rate of the pull, as long as that is stable.
+    levels: list[Level]
+    lesson: Literal["weights", "interactions", "answers"] = "weights"
+
+
+def methods(every: Every) -> dict[str, Method]:
+    """All that are compared, with slow levels on a clock of visits.
+
+    An average over rounds is Polyak and Ruppert's: of users' weights it reaches the error of the
+    optimum whatever the rate of the pull, as long as that is stable.
     """
-    pull = presets.reptile(every=every, rate=RATE)
+    mean, pull = presets.fedavg(every=every), presets.reptile(every=every, rate=RATE)
     average = Level("average", copy=".", every=every, flow=Pull("params", mean_since))
     descend = Level("server", match=REST, every=every, flow=Descend(rules.sgd(lr=1.0)))
+    nesterov, adam = rules.sgd(0.5, 0.5, nesterov=True), rules.adamw(lr=0.1, betas=(0.5, 0.99))
     return {
-        "mean, averaged": [*pull, average],
-        "mean": presets.fedavg(every=every),
-        "reptile": presets.reptile(every=every, rate=0.3),
-        "nesterov": presets.fedavg(every=every, outer=rules.sgd(0.5, 0.5, nesterov=True)),
-        "adam": presets.fedavg(every=every, outer=rules.adamw(lr=0.1, betas=(0.5, 0.99))),
-        "replay": [descend],
-        "distil": [descend],
+        "mean": Method(mean),
+        "mean, averaged": Method([*pull, average]),
+        "reptile": Method(presets.reptile(every=every, rate=0.3)),
+        "nesterov": Method(presets.fedavg(every=every, outer=nesterov)),
+        "adam": Method(presets.fedavg(every=every, outer=adam)),
+        "replay": Method([descend], "interactions"),
+        "replay, averaged": Method([descend, average], "interactions"),
+        "distil": Method([descend], "answers"),
     }
 
 
@@ -83,10 +92,10 @@ class Learned(NamedTuple):
 class Server:
     """Slow weights that one method consolidates into, from a start at zero."""
 
-    def __init__(self, name: str, levels: Sequence[Level], dim: int):
-        self.name = name
+    def __init__(self, name: str, method: Method, dim: int):
+        self.name, self.lesson = name, method.lesson
         self.slow = linear(torch.zeros(dim, dtype=torch.float64))
-        self.timescales = Timescales(self.slow.named_parameters(), levels)
+        self.timescales = Timescales(self.slow.named_parameters(), method.levels)
         self.visits = Visits.none(self.params)
 
     @property
@@ -109,7 +118,7 @@ class Server:
     def take(self, learned: Learned) -> bool:
         """One batch of visits; whether the slow weights moved."""
         num = len(learned.delta)
-        if self.name in ("replay", "distil"):
+        if self.lesson != "weights":
             self._loss(learned).backward()
             self.timescales.tick("update")
             return bool(self.timescales.tick(UNIT, num))
@@ -122,7 +131,7 @@ class Server:
     def _loss(self, learned: Learned) -> Tensor:
         """Half the mean squared error on the users' interactions, or on their adapted answers."""
         xs, ys = learned.session.xs, learned.session.ys
-        if self.name == "distil":
+        if self.lesson == "answers":
             adapted = self.params["weight"].detach() + learned.delta
             ys = (xs @ adapted[:, :, None]).squeeze(2)
         return 0.5 * (self.slow(xs).squeeze(2) - ys).square().mean()
@@ -150,7 +159,7 @@ def consolidate(
     size: Size,
     held_out: Session,
     draw: torch.Generator,
-    methods: Sequence[str] = (),
+    named: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
     """MEASURES (rounds + 1, 5) of the slow weights by method, all or those named; and the optimum.
 
@@ -158,8 +167,8 @@ def consolidate(
     Every user visits once; the optimum sees all interactions so far.
     """
     score, goal = Scores(users, prior, held_out), torch.zeros_like(prior.centre)
-    rows = schedules(Every(size.users, UNIT))
-    servers = [Server(name, rows[name], len(goal)) for name in methods or rows]
+    rows = methods(Every(size.users, UNIT))
+    servers = [Server(name, rows[name], len(goal)) for name in named or rows]
     weighted, precision = torch.zeros_like(goal), torch.zeros_like(prior.cov)
     found = {name: [score(goal)] for name in (*(s.name for s in servers), OPTIMUM)}
     for first in range(0, size.rounds * size.users, size.batch):
@@ -181,7 +190,7 @@ class Returning:
     def __init__(self, prior: Prior, num: int, keep: str):
         dim = len(prior.cov)
         self.prior, self.keep = prior, keep
-        self.server = Server("mean", presets.fedavg(every=Every(num, UNIT)), dim)
+        self.server = Server("mean", methods(Every(num, UNIT))["mean"], dim)
         self.moves = Moves(self.server.params)
         self.state = AdapterState({"weight": prior.cov.new_zeros(num, 1, dim)}, {})
         self.start = torch.linalg.inv(prior.cov).expand(num, -1, -1)

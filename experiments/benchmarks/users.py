@@ -256,11 +256,14 @@ def draw(found: Mapping[str, Sequence[Found]], path: Path, users: int) -> None:
                 name: np.sqrt(np.stack([x.slow[name][:, 0] for x in seeds]))
                 for name in seeds[0].slow
             }
-            curves(middle, errors, 0, f"{world}: one slow update in {users:,} users' visits")
-            middle.set(yscale="log", xlabel="slow updates")
+            curves(middle, errors, 0, f"{world}: consolidation")
+            middle.set(yscale="log", xlabel=f"slow updates, each after {users:,} users' visits")
             middle.set_ylabel("distance from the population's mean")
-            back = {keep: np.stack([x.returning[keep] for x in seeds]) for keep in KEEPS}
-            curves(right, back, 1, f"{world}: returning users; what was consolidated is")
+            back = {
+                f"consolidated part {keep}": np.stack([x.returning[keep] for x in seeds])
+                for keep in KEEPS
+            }
+            curves(right, back, 1, f"{world}: returning users")
             right.set(yscale="log", xlabel="visits of each user")
             right.set_ylabel("excess loss at the start of the next visit")
         figure.savefig(path, dpi=110, facecolor="white")
