@@ -4,6 +4,7 @@ from nested import fast
 from nested.adapt import Adapter, AdapterState, Window, adapt
 from nested.cms import ChainState, ContinuumMemory
 from nested.deep import TTTMLP, DeepMemory, DeepState, NeuralMemory, TTTLinear
+from nested.held import Held
 from nested.hope import HopeBlock, HopeState, SelfModifyingMemory, SelfState
 from nested.memory import DeltaMemory, GatedDeltaMemory, HebbMemory, LinearMemory, LinearState
 from nested.rls import RLSMemory, RLSState
@@ -20,6 +21,7 @@ __all__ = [
     "DeltaMemory",
     "GatedDeltaMemory",
     "HebbMemory",
+    "Held",
     "HopeBlock",
     "HopeState",
     "LinearMemory",
@@ -34,4 +36,5 @@ __all__ = [
     "Window",
     "adapt",
     "fast",
+    "held",
 ]

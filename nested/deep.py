@@ -12,13 +12,15 @@ Shapes: B users, T time, H heads, D width of a head, E hidden width; N = B * H.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nested import inner, linear
+from nested import held, inner, linear
 from nested.base import Associative
+from nested.held import Held
 from nested.inner import Bare, End, NormedResidual, Residual, Weights, flat, unflat
 
 
@@ -108,6 +110,42 @@ class DeepMemory(Associative):
         """What unit queries (B, H, D) bring back: (B, H, D)."""
         weights = flat(state.weights)
         return inner.recall(self.end, weights, q.flatten(0, 1).unsqueeze(1)).view_as(q)
+
+    def hold(self, state: DeepState, storage: torch.dtype = torch.float32) -> Held:
+        """A copy of the state that `step_` writes in place, as displacements from `start`."""
+        if self.chunk > 1 or self.momentum is not None or len(self.start) != 2:
+            raise ValueError(
+                f"in place learn two-layer memories with chunk=1 and momentum=None, not "
+                f"{len(self.start)} layers, chunk={self.chunk}, momentum={self.momentum}"
+            )
+        moved = tuple(w - w0 for w, w0 in zip(state.weights, self.start, strict=True))
+        return held.hold(moved, state.error, storage)
+
+    @torch.no_grad()
+    def step_(
+        self,
+        x: Tensor,
+        users: Held,
+        reset: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """`forward` in place and without gradients: x (B, dim_in) -> y (B, dim_out).
+
+        bfloat16 needs a generator.
+        """
+        if reset is not None:
+            held.forget_(users, tuple(torch.zeros_like(w) for w in self.start), reset)
+        start = tuple(self.start)
+        step = partial(held.network_, start=start, end=self.end, rate=self.rate)
+        return self.out(held.step_(users, self.project(x), generator, step).flatten(1))
+
+    def settle(self, users: Held) -> DeepState:
+        """The state that `users` has come to."""
+        scale = users.scale.unsqueeze(3)
+        pairs = zip(self.start, users.layers, strict=True)
+        weights = tuple(torch.addcmul(w0, scale, w.to(scale.dtype)) for w0, w in pairs)
+        phase = torch.zeros(len(scale), dtype=torch.int64, device=scale.device)
+        return DeepState(weights, (), (), phase, users.error.clone())
 
     def _reset(self, state: DeepState, reset: Tensor) -> DeepState:
         mask = reset[:, None, None, None]

@@ -8,13 +8,15 @@ weights and what is written to them keep the precision of `start`.
 Shapes: B users, T time, H heads, D width of a head (keys and values alike).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nested import linear
+from nested import held, linear
+from nested.held import Held
 
 
 class LinearState(NamedTuple):
@@ -95,6 +97,33 @@ class LinearMemory(nn.Module):
                 error = errors[:, :, -1].detach()
         ys = self.out(torch.cat(reads, 2).transpose(1, 2).flatten(2))
         return ys, LinearState(weights, error)
+
+    def hold(self, state: LinearState, storage: torch.dtype = torch.float32) -> Held:
+        """A copy of the state that `step_` writes in place, its weights kept as `storage`."""
+        return held.hold((state.weights,), state.error, storage)
+
+    @torch.no_grad()
+    def step_(
+        self,
+        x: Tensor,
+        users: Held,
+        reset: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        kernel: held.Linear = held.linear_,
+    ) -> Tensor:
+        """`forward` in place and without gradients: x (B, dim_in) -> y (B, dim_out).
+
+        bfloat16 needs a generator; `kernel` may be another that does what `held.linear_` does.
+        """
+        if reset is not None:
+            held.forget_(users, (self.start,), reset)
+        step = partial(kernel, erase=self.erase)
+        return self.out(held.step_(users, self.project(x), generator, step).flatten(1))
+
+    def settle(self, users: Held) -> LinearState:
+        """The state that `users` has come to."""
+        weights = users.layers[0].to(users.scale.dtype) * users.scale.unsqueeze(3)
+        return LinearState(weights, users.error.clone())
 
 
 class HebbMemory(LinearMemory):
