@@ -69,13 +69,17 @@ def open_peer(python: str, spec: Spec) -> Worker:
 
 
 def rounds_of(workers: Sequence[Worker], asked: Asked) -> tuple[np.ndarray, list[Row]]:
-    """Seconds (workers, rounds, steps) of steps made in turn, and each one's peak memory."""
+    """Seconds (workers, clocks, rounds, steps) of steps made in turn, and each one's peak memory.
+
+    Two clocks: the wall's, and the processors' time that the process used.
+    """
     for worker in workers:
         worker.ask("time", asked.warmup)
     answers = [[worker.ask("time", asked.steps) for worker in workers] for _ in range(asked.rounds)]
-    seconds = np.array([[answer["seconds"] for answer in found] for found in answers])
-    peaks = [{k: v for k, v in answer.items() if k != "seconds"} for answer in answers[-1]]
-    return seconds.swapaxes(0, 1), peaks
+    clocks = ("seconds", "cpu_seconds")
+    seconds = np.array([[[row[w][c] for row in answers] for c in clocks]
+                        for w in range(len(workers))])  # fmt: skip
+    return seconds, [{k: v for k, v in row.items() if k not in clocks} for row in answers[-1]]
 
 
 def median(values: np.ndarray) -> np.ndarray:
@@ -84,9 +88,11 @@ def median(values: np.ndarray) -> np.ndarray:
 
 
 def timing(seconds: np.ndarray) -> Row:
-    """Median seconds (rounds, steps) with a 95 % interval over rounds."""
-    found = bootstrap(median(seconds), np.random.default_rng(0), median)
-    return {"step_s": float(np.median(seconds)), "step_s_95": [found.low, found.high]}
+    """Median seconds (clocks, rounds, steps) with a 95 % interval over rounds."""
+    wall, cpu = seconds
+    found = bootstrap(median(wall), np.random.default_rng(0), median)
+    row: Row = {"step_s": float(np.median(wall)), "step_s_95": [found.low, found.high]}
+    return row | {"cpu_s": float(np.median(cpu))}
 
 
 def update_row(
@@ -101,17 +107,18 @@ def update_row(
     row["frames_per_s"] = hello["batch"] * hello["length"] / row["step_s"]
     row |= {"gflop": gflop, **machine}
     row["limit_ratio"] = row["step_s"] * machine["matmul_gflops"] / gflop
-    return row | peak | {"rounds": len(seconds), "overrides": list(spec.overrides)}
+    return row | peak | {"rounds": seconds.shape[1], "overrides": list(spec.overrides)}
 
 
 def ratio_row(ours: Row, peer: Row, seconds: np.ndarray) -> Row:
     """How many times longer the peer takes: the median over paired rounds with its interval."""
-    a, b = median(seconds)
-    found = bootstrap(b / a, np.random.default_rng(0), median)
+    (ours_s, ours_cpu), (peer_s, peer_cpu) = median(seconds)
+    found = bootstrap(peer_s / ours_s, np.random.default_rng(0), median)
     shared = {key: ours[key] for key in ("size", "dtype", "threads", "device", "overrides")}
     return {
         "what": "ratio", "who": ours["who"], "peer": peer["who"], **shared,
-        "ratio": found.value, "ratio_95": [found.low, found.high], "rounds": len(a),
+        "ratio": found.value, "ratio_95": [found.low, found.high],
+        "cpu_ratio": float(np.median(peer_cpu / ours_cpu)), "rounds": len(ours_s),
     }  # fmt: skip
 
 
@@ -133,7 +140,7 @@ def updates(spec: Spec, asked: Asked, machine: Mapping[str, Any]) -> Iterator[Ro
             parts = ours.ask("parts", asked.steps * asked.rounds)
             named = {key: row[key] for key in ("who", "size", "dtype", "encoder", "threads")}
             operators = ours.ask("operators", 12)["operators"]
-            yield {"what": "profile", **named, "parts_s": parts, "operators": operators}
+            yield {"what": "profile", **named, **parts, "operators": operators}
 
 
 def runs(peer: Worker) -> bool:
@@ -230,9 +237,10 @@ def tell(text: str) -> None:
 
 
 TABLES = {
-    "update": ("whole updates", "who size dtype encoder schedule threads step_s step_s_95 "
+    "update": ("whole updates", "who size dtype encoder schedule threads step_s step_s_95 cpu_s "
                "frames_per_s gflop matmul_gflops limit_ratio rss_mb"),
-    "ratio": ("paired with peers: their time / ours", "peer size dtype threads ratio ratio_95"),
+    "ratio": ("paired with peers: their time / ours",
+              "peer size dtype threads ratio ratio_95 cpu_ratio"),
     "small": ("the scale of CartPole", "who params threads step_s step_s_95 gflop limit_ratio"),
     "policy": ("acting", "who size encoder batch threads step_s steps_per_s"),
     "levels": ("whole step on k levels / one optimizer on everything",
@@ -267,15 +275,17 @@ def profile_tables(row: Row) -> list[tuple[str, list[str], list[Row]]]:
     name = " ".join(str(row[key]) for key in ("size", "dtype", "encoder"))
     total = sum(row["parts_s"].values())
     parts = [
-        {"part": part, "seconds": seconds, "share": f"{seconds / total:.1%}"}
-        for part, seconds in row["parts_s"].items()
+        {"part": part, "seconds": seconds, "share": f"{seconds / total:.1%}", "cpu": cpu}
+        for (part, seconds), cpu in zip(
+            row["parts_s"].items(), row["parts_cpu_s"].values(), strict=True
+        )
     ]
     operators = [
         {"operator": operator, "calls": calls, "seconds": seconds}
         for operator, calls, seconds in row["operators"]
     ]
     return [
-        (f"where the time goes: {name}", ["part", "seconds", "share"], parts),
+        (f"where the time goes: {name}", ["part", "seconds", "share", "cpu"], parts),
         (f"operators: {name}", ["operator", "calls", "seconds"], operators),
     ]
 

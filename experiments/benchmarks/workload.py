@@ -92,16 +92,19 @@ def policy(loop: Loop, batch: int) -> Callable[[], np.ndarray]:
     return act
 
 
-def seconds(step: Callable[[], object], count: int, device: torch.device) -> list[float]:
-    """How long each of `count` steps took."""
-    found: list[float] = []
+def seconds(
+    step: Callable[[], object], count: int, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """How long each of `count` steps took, and how long the processor's threads worked on it."""
+    wall, cpu = list[float](), list[float]()
     for _ in range(count):
         synchronize(device)
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         step()
         synchronize(device)
-        found.append(time.perf_counter() - start)
-    return found
+        wall.append(time.perf_counter() - start[0])
+        cpu.append(time.process_time() - start[1])
+    return wall, cpu
 
 
 def subject(spec: Spec) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]]:
@@ -114,8 +117,9 @@ def subject(spec: Spec) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]
     step = policy(loop, spec.batch) if spec.kind == "policy" else lambda: learn(loop)
 
     def timed(count: int) -> dict[str, Any]:
-        found = {"seconds": seconds(step, count, loop.device), "rss_mb": peak_mb()}
-        return found | {"device_mb": device_mb(loop.device)}
+        wall, cpu = seconds(step, count, loop.device)
+        peaks = {"rss_mb": peak_mb(), "device_mb": device_mb(loop.device)}
+        return {"seconds": wall, "cpu_seconds": cpu, **peaks}
 
     replay = loop.config.replay
     hello = {
@@ -170,7 +174,7 @@ def ladder(spec: Spec) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]]
 
     def round_(count: int) -> dict[str, Any]:
         found = {
-            name: sum(seconds(lambda loop=loop: learn(loop), count, loop.device))
+            name: sum(seconds(lambda loop=loop: learn(loop), count, loop.device)[0])
             for name, loop in loops.items()
         }
         return {"seconds": found}

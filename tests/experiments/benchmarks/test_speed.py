@@ -37,12 +37,16 @@ class Scripted:
 
     def ask(self, question: str, count: int = 1) -> Answers:
         self.asked.append(f"{self.name} {question} {count}")
-        half, second = [self._seconds / 2], [self._seconds]
+        wall = [self._seconds / 2, *[self._seconds] * count][:count]
+        cpu = [2 * second for second in wall]
         levels = {"plain": 16.0, "k=3": 12.0}
         return {
-            "time": {"seconds": (half + second + second * count)[:count], "rss_mb": 9},
+            "time": {"seconds": wall, "cpu_seconds": cpu, "rss_mb": 9},
             "flops": {"gflop": 100.0},
-            "parts": {"encoder": 3.0, "rest": 1.0},
+            "parts": {
+                "parts_s": {"encoder": 3.0, "rest": 1.0},
+                "parts_cpu_s": {"encoder": 5.0, "rest": 2.0},
+            },
             "operators": {"operators": [["aten::mm", 4, 0.5]]},
             "round": {"seconds": levels},
         }[question]
@@ -85,11 +89,11 @@ def test_updates_are_paired_with_peers(scripted: list[str], capsys: pytest.Captu
         "peer flops 1",
     ]
     assert (ours["who"], peer["who"], ratio["peer"]) == ("nested", "peer-1.0", "peer-1.0")
-    assert ours["step_s"] == 2.0
+    assert (ours["step_s"], ours["cpu_s"], ours["rounds"]) == (2, 4, 2)
     assert ours["frames_per_s"] == 512
     assert ours["limit_ratio"] == pytest.approx(2.0 * 200 / 100)
     assert peer["limit_ratio"] == pytest.approx(16)
-    assert (ratio["ratio"], ratio["ratio_95"]) == (4, [4, 4])
+    assert (ratio["ratio"], ratio["ratio_95"], ratio["cpu_ratio"]) == (4, [4, 4], 4)
     needed = "what who size dtype threads step_s frames_per_s gflop matmul_gflops memcpy_gb_s"
     for row in (ours, peer):
         assert {*needed.split(), "limit_ratio", "rss_mb"} <= row.keys()
