@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from agents.heads import Actor, Critic
-from agents.returns import ReturnScale, lambda_return, standardized
+from agents.returns import ReturnScale, by_group, lambda_return, standardized
 from worldmodel import Batch, Carry, Posterior, WorldModel, features
+from worldmodel.heads import Draws
 from worldmodel.rssm import MemoryUse
 
 
@@ -66,7 +67,7 @@ class Dreamer(nn.Module):
         self,
         carry: Carry,
         row: Batch,
-        generator: torch.Generator | None = None,
+        generator: Draws = None,
         use: MemoryUse = "write",
     ) -> tuple[Tensor, Carry]:
         """Encoded action (B, A) for rows (B, ...), and the carry after them."""
@@ -82,7 +83,7 @@ class Dreamer(nn.Module):
         batch: Batch,
         carry: Carry,
         slow_critic: Mapping[str, Tensor],
-        generator: torch.Generator | None = None,
+        generator: Draws = None,
     ) -> Outcome:
         """Every loss of one batch of sequences (B, T, ...) that starts from `carry`."""
         posterior, carry = self.world.observe(batch, carry, generator)
@@ -97,13 +98,15 @@ class Dreamer(nn.Module):
         if losses.keys() != self.scales.keys():
             extra = sorted(losses.keys() ^ self.scales.keys())
             raise ValueError(f"losses and scales differ in {extra}")
-        return torch.stack([losses[k].mean() * s for k, s in self.scales.items()]).sum()
+        like = self.return_scale.low
+        means = {key: by_group(losses[key], like).mean(-1) for key in self.scales}
+        return torch.stack([means[k] * s for k, s in self.scales.items()]).sum()
 
     def _behaviour(
         self,
         posterior: Posterior,
         slow_critic: Mapping[str, Tensor],
-        generator: torch.Generator | None,
+        generator: Draws,
     ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
         """Actor and critic losses from imagination; the returns (B, K) of its starts."""
         starts = self.world.starts(posterior, self.starts)
@@ -124,9 +127,10 @@ class Dreamer(nn.Module):
         returns = lambda_return(reward, live, torch.ones_like(live), value, self.lam)
         scale = self.return_scale(returns)
         weight = live.cumprod(1)[:, :-1]
-        advantage = (returns - value[:, :-1]) / scale
+        advantage = by_group(returns - value[:, :-1], scale) / scale.unsqueeze(-1)
         if self.standardize:
-            advantage = standardized(advantage, weight)
+            advantage = standardized(advantage, by_group(weight, scale))
+        advantage = advantage.view(returns.shape)
         params = self.actor(feature[:, :-1])
         entropy = self.actor.entropy(params)
         log_prob = self.actor.log_prob(params, dream.action[:, :-1])
@@ -135,12 +139,13 @@ class Dreamer(nn.Module):
         shape = (len(posterior.deter), -1)
         losses = {"policy": policy.mean(1).view(shape), "value": critic.mean(1).view(shape)}
         metrics = {
-            "entropy": entropy.detach().mean(),
+            "entropy": entropy.detach(),
             "return_scale": scale,
-            "imagined_return": returns.mean(),
-            "advantage": advantage.abs().mean(),
-            "imagined_reward": reward.mean(),
+            "imagined_return": returns,
+            "advantage": advantage.abs(),
+            "imagined_reward": reward,
         }
+        metrics = {name: by_group(x, scale).mean(-1) for name, x in metrics.items()}
         return losses, returns[:, 0].view(shape), metrics
 
     def _replay_value(

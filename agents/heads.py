@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from worldmodel.heads import TwoHot, race, sample, unimix
-from worldmodel.nets import MLP
+from worldmodel.heads import Draws, TwoHot, drawn, race, sample, unimix
+from worldmodel.nets import MLP, at_least_float32
 from worldmodel.types import ActionSpec
 
 Critic = TwoHot
@@ -30,7 +30,7 @@ class DiscreteActor(nn.Module):
         blocks = self.net(x).split(self.sizes, -1)
         return torch.cat([unimix(block, self.mix) for block in blocks], -1)
 
-    def sample(self, probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    def sample(self, probs: Tensor, generator: Draws) -> Tensor:
         """A draw (..., A)."""
         noise = race(probs.shape, generator).split(self.sizes, -1)
         blocks = zip(probs.split(self.sizes, -1), noise, strict=True)
@@ -62,11 +62,11 @@ class ContinuousActor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mean and deviation, (..., 2 * A)."""
-        mean, deviation = self.net(x).float().chunk(2, -1)
+        mean, deviation = at_least_float32(self.net(x)).chunk(2, -1)
         spread = (self.high - self.low) * (deviation + 2.0).sigmoid() + self.low
         return torch.cat([mean.tanh(), spread], -1)
 
-    def sample(self, params: Tensor, generator: torch.Generator | None) -> Tensor:
+    def sample(self, params: Tensor, generator: Draws) -> Tensor:
         """A draw (..., A); it may leave [-1, 1], where the environment's border clips it."""
         mean, deviation = params.detach().chunk(2, -1)
         return mean + deviation * normal(mean.shape, generator)
@@ -83,10 +83,9 @@ class ContinuousActor(nn.Module):
         return (deviation.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
-def normal(shape: torch.Size, generator: torch.Generator | None) -> Tensor:
+def normal(shape: torch.Size, generator: Draws) -> Tensor:
     """Standard normal noise on the generator's device."""
-    device = generator.device if generator is not None else None
-    return torch.randn(shape, generator=generator, device=device)
+    return drawn(torch.randn, shape, generator, 0)
 
 
 Actor = DiscreteActor | ContinuousActor

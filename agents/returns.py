@@ -28,14 +28,19 @@ def lambda_return(reward: Tensor, live: Tensor, cont: Tensor, boot: Tensor, lam:
 
 
 def standardized(x: Tensor, weight: Tensor) -> Tensor:
-    """x with weighted mean 0 and deviation 1 over all its entries.
+    """x with weighted mean 0 and deviation 1 over its last axis.
 
     A critic that lags behind rising returns makes every advantage positive; what was sampled is
     then reinforced whatever it was.
     """
-    share = weight / weight.sum()
-    centred = x - (share * x).sum()
-    return centred / (share * centred.square()).sum().sqrt().clamp(min=1e-3)
+    share = weight / weight.sum(-1, keepdim=True)
+    centred = x - (share * x).sum(-1, keepdim=True)
+    return centred / (share * centred.square()).sum(-1, keepdim=True).sqrt().clamp(min=1e-3)
+
+
+def by_group(x: Tensor, like: Tensor) -> Tensor:
+    """All of x as one row, or as a row for each group where `like` is (G,): (..., n)."""
+    return x.reshape(*like.shape, -1)
 
 
 class ReturnScale(nn.Module):
@@ -57,7 +62,7 @@ class ReturnScale(nn.Module):
 
     @torch.no_grad()
     def forward(self, returns: Tensor) -> Tensor:
-        low, high = torch.quantile(returns.float().flatten(), self.share)
+        low, high = torch.quantile(by_group(returns, self.low), self.share, dim=-1)
         self.low.lerp_(low, self.rate)
         self.high.lerp_(high, self.rate)
         return (self.high - self.low).clamp(min=self.limit)

@@ -17,7 +17,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from worldmodel.heads import sample, softmax, softmax_back, unimix
-from worldmodel.nets import EPSILON, block_matmul
+from worldmodel.nets import (
+    EPSILON,
+    addmm,
+    block_matmul,
+    matmul,
+    outer,
+    plus,
+    rms,
+    sum_rows,
+    times,
+)
 
 aten: Any = torch.ops.aten
 
@@ -41,6 +51,16 @@ class Weights(NamedTuple):
     post_out: Tensor  # (h, S * C)
     post_bias: Tensor  # (S * C,)
 
+    @property
+    def groups(self) -> int:
+        """Groups of rows with weights of their own; 0 when all rows share these."""
+        return len(self.gates) if self.gates.ndim > 3 else 0
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the deterministic state."""
+        return self.gates.shape[-3]
+
 
 class Draw(NamedTuple):
     """How the stochastic state is drawn."""
@@ -50,26 +70,21 @@ class Draw(NamedTuple):
     mix: float
 
 
-def rms(x: Tensor, scale: Tensor) -> Tensor:
-    """x (..., n) over its root mean square, times scale (n,)."""
-    return F.rms_norm(x, scale.shape, scale.to(x.dtype), EPSILON)
-
-
 def enter(w: Weights, deter: Tensor, stoch: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """What is left of deter (B, D) where keep (B, 1) is one, and both states embedded (B, 2 h)."""
     deter = deter * keep
-    a = rms(torch.addmm(w.deter_bias, deter, w.deter_in), w.scale_in[0])
-    b = rms(torch.addmm(w.stoch_bias, stoch * keep, w.stoch_in), w.scale_in[1])
+    a = rms(addmm(w.deter_bias, deter, w.deter_in), w.scale_in[..., 0, :])
+    b = rms(addmm(w.stoch_bias, stoch * keep, w.stoch_in), w.scale_in[..., 1, :])
     return deter, F.silu(torch.cat([a, b], -1))
 
 
 def recur(w: Weights, deter: Tensor, x: Tensor, recalled: Tensor | None, bias: Tensor) -> Tensor:
     """The block GRU: deter (B, D), x (B, 2 h), recalled (B, h), bias (B, D) -> deter (B, D)."""
-    mixed = torch.addmm(bias, x, w.mix_state) + block_matmul(deter, w.mix_deter)
+    mixed = addmm(bias, x, w.mix_state) + block_matmul(deter, w.mix_deter)
     if recalled is not None:
-        mixed = torch.addmm(mixed, recalled, w.mix_memory)
-    gates = block_matmul(F.silu(rms(mixed, w.mix_scale)), w.gates) + w.gates_bias
-    reset, candidate, update = gates.view(len(deter), len(w.gates), 3, -1).unbind(2)
+        mixed = addmm(mixed, recalled, w.mix_memory)
+    gates = plus(block_matmul(F.silu(rms(mixed, w.mix_scale)), w.gates), w.gates_bias)
+    reset, candidate, update = gates.view(len(deter), w.blocks, 3, -1).unbind(2)
     candidate = torch.tanh(reset.sigmoid() * candidate)
     update = (update - 1).sigmoid()
     return torch.lerp(deter.view_as(update), candidate, update).flatten(1)
@@ -79,8 +94,8 @@ def infer(
     w: Weights, draw: Draw, deter: Tensor, seen: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Draw from the posterior: one-hot (B, S, C) with straight-through gradients, and its probs."""
-    hidden = F.silu(rms(torch.addmm(seen, deter, w.post_deter), w.post_scale))
-    logits = torch.addmm(w.post_bias, hidden, w.post_out)
+    hidden = F.silu(rms(addmm(seen, deter, w.post_deter), w.post_scale))
+    logits = addmm(w.post_bias, hidden, w.post_out)
     probs = unimix(logits.view(-1, draw.stoch, draw.classes), draw.mix)
     return sample(probs, noise) + (probs - probs.detach()), probs  # exactly one-hot
 
@@ -129,7 +144,10 @@ class Records:
         """This pass's records of all steps, joined along the batch; forgets them."""
         steps = [tensors for task, tensors in self._steps[kind] if task == graph_task()]
         self._steps[kind] = []
-        return [torch.cat(column) for column in zip(*steps, strict=True)]
+        parts = max(self.weights.groups, 1)  # the rows of a group stay together
+        columns = zip(*steps, strict=True)
+        grouped = ([x.view(parts, -1, *x.shape[1:]) for x in column] for column in columns)
+        return [torch.cat(column, 1).flatten(0, 1) for column in grouped]
 
 
 class Tape:
@@ -185,13 +203,13 @@ class Enter(torch.autograd.Function):
         deter, stoch = deter * keep, stoch * keep
         linear = torch.stack(
             [
-                torch.addmm(w.deter_bias, deter, w.deter_in),
-                torch.addmm(w.stoch_bias, stoch, w.stoch_in),
+                addmm(w.deter_bias, deter, w.deter_in),
+                addmm(w.stoch_bias, stoch, w.stoch_in),
             ],
             1,
         )
         normal, factor = normalise(linear)
-        scaled = normal * w.scale_in
+        scaled = times(normal, w.scale_in, 2)
         ctx.records = records
         ctx.save_for_backward(deter, stoch, keep, normal, factor, scaled)
         return deter, F.silu(scaled).flatten(1)
@@ -203,11 +221,11 @@ class Enter(torch.autograd.Function):
         w: Weights = ctx.records.weights
         deter, stoch, keep, normal, factor, scaled = ctx.saved_tensors
         g_scaled = aten.silu_backward(g_x.view_as(scaled), scaled)
-        g_linear = normalise_back(g_scaled * w.scale_in, normal, factor)
+        g_linear = normalise_back(times(g_scaled, w.scale_in, 2), normal, factor)
         a, b = g_linear.unbind(1)
         ctx.records.add("enter", deter, stoch, g_linear, g_scaled, normal)
-        g_deter = torch.addmm(g_deter, a, w.deter_in.t()).mul_(keep)
-        return None, g_deter, (b @ w.stoch_in.t()).mul_(keep), None, None
+        g_deter = addmm(g_deter, a, w.deter_in.mT).mul_(keep)
+        return None, g_deter, matmul(b, w.stoch_in.mT).mul_(keep), None, None
 
 
 class Leave(torch.autograd.Function):
@@ -226,22 +244,22 @@ class Leave(torch.autograd.Function):
         records: Records,
     ) -> tuple[Tensor, Tensor, Tensor]:
         w, draw = records.weights, records.draw
-        mixed = torch.addmm(bias, x, w.mix_state).add_(block_matmul(deter, w.mix_deter))
+        mixed = addmm(bias, x, w.mix_state).add_(block_matmul(deter, w.mix_deter))
         if recalled is not None:
-            mixed = torch.addmm(mixed, recalled, w.mix_memory)
+            mixed = addmm(mixed, recalled, w.mix_memory)
         normal, factor = normalise(mixed)
-        scaled = normal * w.mix_scale
+        scaled = times(normal, w.mix_scale)
         hidden = F.silu(scaled)
-        gates = block_matmul(hidden, w.gates) + w.gates_bias
-        r, c, u = gates.view(len(deter), len(w.gates), 3, -1).unbind(2)
+        gates = plus(block_matmul(hidden, w.gates), w.gates_bias)
+        r, c, u = gates.view(len(deter), w.blocks, 3, -1).unbind(2)
         reset, update = r.sigmoid(), (u - 1).sigmoid_()
         candidate = torch.tanh(reset * c)
         old = deter.view_as(update)
         new = torch.lerp(old, candidate, update).flatten(1)
-        post, post_factor = normalise(torch.addmm(seen, new, w.post_deter))
-        post_scaled = post * w.post_scale
+        post, post_factor = normalise(addmm(seen, new, w.post_deter))
+        post_scaled = times(post, w.post_scale)
         post_hidden = F.silu(post_scaled)
-        logits = torch.addmm(w.post_bias, post_hidden, w.post_out)
+        logits = addmm(w.post_bias, post_hidden, w.post_out)
         soft = softmax(logits.view(-1, draw.stoch, draw.classes))
         probs = soft * (1 - draw.mix) + draw.mix / draw.classes if draw.mix else soft
         ctx.records = records
@@ -263,13 +281,13 @@ class Leave(torch.autograd.Function):
         g_old, g_gates = _gates_back(saved[7:12], g_new)
         g_hidden = block_matmul(g_gates, w.gates.mT)
         g_scaled = aten.silu_backward(g_hidden, scaled)
-        g_mixed = normalise_back(g_scaled * w.mix_scale, normal, factor)
+        g_mixed = normalise_back(times(g_scaled, w.mix_scale), normal, factor)
         g_deter = g_old.add_(block_matmul(g_mixed, w.mix_deter.mT))
         memory = () if recalled is None else (recalled,)
         recurrent = (deter, x, g_mixed, g_scaled, normal, hidden, g_gates)
         ctx.records.add("leave", *recurrent, *posterior, *memory)
-        g_recalled = None if recalled is None else g_mixed @ w.mix_memory.t()
-        g_x = g_mixed @ w.mix_state.t()
+        g_recalled = None if recalled is None else matmul(g_mixed, w.mix_memory.mT)
+        g_x = matmul(g_mixed, w.mix_state.mT)
         return None, g_deter, g_x, g_recalled, g_mixed, g_seen, None, None
 
 
@@ -279,9 +297,9 @@ def _posterior_back(
     """Gradients of `seen` and of the new deter, and what the weights need."""
     new, post, factor, scaled, hidden, soft = saved
     g_logits = softmax_back(g_soft, soft).flatten(1)
-    g_scaled = aten.silu_backward(g_logits @ w.post_out.t(), scaled)
-    g_seen = normalise_back(g_scaled * w.post_scale, post, factor)
-    g_new = torch.addmm(g_new, g_seen, w.post_deter.t())
+    g_scaled = aten.silu_backward(matmul(g_logits, w.post_out.mT), scaled)
+    g_seen = normalise_back(times(g_scaled, w.post_scale), post, factor)
+    g_new = addmm(g_new, g_seen, w.post_deter.mT)
     return g_seen, g_new, (new, g_seen, g_scaled, post, hidden, g_logits)
 
 
@@ -309,26 +327,32 @@ class Collect(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         w, take = ctx.records.weights, ctx.records.take
+        n = w.groups
         deter, stoch, g_linear, g_scaled, normal = take("enter")
         a, b = g_linear.unbind(1)
-        entering = (deter.t() @ a, a.sum(0), stoch.t() @ b, b.sum(0), (g_scaled * normal).sum(0))
+        entering = (outer(deter, a, n), sum_rows(a, n), outer(stoch, b, n), sum_rows(b, n))
+        scaling = sum_rows(g_scaled * normal, n)
         old, x, g_mixed, g_scaled, normal, hidden, g_gates, *rest = take("leave")
         new, g_seen, g_post, post, g_in, g_logits, *memory = rest
-        recalled = memory[0].t() @ g_mixed if memory else None
-        mixing = (x.t() @ g_mixed, block_outer(old, g_mixed, len(w.gates)), recalled)
-        gating = (block_outer(hidden, g_gates, len(w.gates)), g_gates.sum(0))
+        recalled = outer(memory[0], g_mixed, n) if memory else None
+        mixing = (outer(x, g_mixed, n), block_outer(old, g_mixed, w), recalled)
+        gating = (block_outer(hidden, g_gates, w), sum_rows(g_gates, n))
         posterior = (
-            new.t() @ g_seen,
-            (g_post * post).sum(0),
-            g_in.t() @ g_logits,
-            g_logits.sum(0),
+            outer(new, g_seen, n),
+            sum_rows(g_post * post, n),
+            outer(g_in, g_logits, n),
+            sum_rows(g_logits, n),
         )
-        return None, *entering, *mixing, (g_scaled * normal).sum(0), *gating, *posterior
+        mix_scale = sum_rows(g_scaled * normal, n)
+        return None, *entering, scaling, *mixing, mix_scale, *gating, *posterior
 
 
-def block_outer(x: Tensor, grad: Tensor, blocks: int) -> Tensor:
-    """Gradient (G, in, out) of the weight of `block_matmul`, from x (N, G in), grad (N, G out)."""
-    if blocks == 1:
+def block_outer(x: Tensor, grad: Tensor, weights: Weights) -> Tensor:
+    """Gradient (K, in, out) of the weight of `block_matmul`, from x (N, K in), grad (N, K out)."""
+    groups, blocks = weights.groups, weights.blocks
+    if blocks == 1 and not groups:
         return (x.t() @ grad)[None]
-    rows = x.view(len(x), blocks, -1).permute(1, 2, 0)
-    return torch.bmm(rows, grad.view(len(grad), blocks, -1).transpose(0, 1))
+    rows = x.view(max(groups, 1), -1, blocks, x.shape[1] // blocks).permute(0, 2, 3, 1)
+    grads = grad.view(max(groups, 1), -1, blocks, grad.shape[1] // blocks).transpose(1, 2)
+    product = torch.matmul(rows, grads)
+    return product if groups else product[0]

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from worldmodel.conv import Down, Kind, Up, image_error
-from worldmodel.nets import BlockLinear, Dense, Linear, RMSNorm, norm_silu, symlog
+from worldmodel.nets import (
+    BlockLinear,
+    Dense,
+    Linear,
+    RMSNorm,
+    at_least_float32,
+    norm_silu,
+    symlog,
+)
 from worldmodel.types import ObsSpec
 
 MULTIPLES = (2, 3, 4, 4)
@@ -88,7 +96,7 @@ def flat_entry(value: Tensor, entry: ObsSpec) -> Tensor:
     """(B, T, *shape) -> (B, T, width): symlog of a vector, one-hots of a discrete entry."""
     if entry.kind == "discrete":
         return F.one_hot(value.long(), entry.classes).float().flatten(value.ndim - len(entry.shape))
-    return symlog(value.float()).flatten(value.ndim - len(entry.shape))
+    return symlog(at_least_float32(value)).flatten(value.ndim - len(entry.shape))
 
 
 def image_sizes(spec: dict[str, ObsSpec]) -> tuple[int, int]:
@@ -173,7 +181,9 @@ class Decoder(nn.Module):
         if entry.kind == "image":
             return image_error(out, obs)
         if entry.kind == "vector":
-            return (out.float() - symlog(obs.float()).flatten(1)).square().sum(-1)
+            return (
+                (at_least_float32(out) - symlog(at_least_float32(obs)).flatten(1)).square().sum(-1)
+            )
         logits = out.float().view(-1, entry.classes)
         losses = F.cross_entropy(logits, obs.reshape(-1).long(), reduction="none")
         return losses.view(len(out), -1).sum(-1)

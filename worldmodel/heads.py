@@ -5,16 +5,17 @@ pure functions and small modules on those parameters. Losses are negative log-li
 unreduced over the leading axes.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from worldmodel.nets import MLP, symexp
+from worldmodel.nets import MLP, at_least_float32, symexp
 
+Draws: TypeAlias = torch.Generator | tuple[torch.Generator, ...] | None  # one, or one a group
 FEW = 16  # classes below which a softmax is written out on a CPU
 
 
@@ -37,7 +38,7 @@ class TwoHot(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., F) -> logits (..., bins)."""
-        return self.net(x).float()
+        return at_least_float32(self.net(x))
 
     def mean(self, logits: Tensor) -> Tensor:
         """Expected value (...). Bins of opposite sign are paired before the sum: exact at zero."""
@@ -55,7 +56,7 @@ class TwoHot(nn.Module):
 
     def _places(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """The two bins around each target, and how it is split between them: (..., 2) each."""
-        target = target.float().clamp(self.bins[0], self.bins[-1]).contiguous()
+        target = at_least_float32(target).clamp(self.bins[0], self.bins[-1]).contiguous()
         above = torch.searchsorted(self.bins, target, right=True).clamp(1, len(self.bins) - 1)
         low, high = self.bins[above - 1], self.bins[above]
         share = (target - low) / (high - low)
@@ -71,7 +72,7 @@ class Binary(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., F) -> logit (...)."""
-        return self.net(x).float().squeeze(-1)
+        return at_least_float32(self.net(x)).squeeze(-1)
 
     def loss(self, logit: Tensor, target: Tensor) -> Tensor:
         """Binary cross-entropy (...) to a target in [0, 1]."""
@@ -129,19 +130,25 @@ def unimix(logits: Tensor, mix: float) -> Tensor:
     return probs * (1 - mix) + mix / probs.shape[-1] if mix else probs
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """x, promoted from half precision: probabilities and losses are not rounded to it."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+def drawn(
+    function: Callable[..., Tensor], shape: Sequence[int], generator: Draws, axis: int
+) -> Tensor:
+    """torch.rand or torch.randn of a shape; of several generators each draws its part of `axis`."""
+    if not isinstance(generator, tuple):
+        device = generator.device if generator is not None else None
+        return function(tuple(shape), generator=generator, device=device)
+    part = [*shape[:axis], shape[axis] // len(generator), *shape[axis + 1 :]]
+    return torch.cat([drawn(function, part, one, axis) for one in generator], axis)
 
 
-def race(shape: torch.Size | tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+def race(shape: Sequence[int], generator: Draws, axis: int = 0) -> Tensor:
     """Noise for `sample`: inverse exponential variables, on the generator's device.
 
     argmax(probs / Exp(1)) is a draw from probs; the noise holds no state of the distribution, so
-    a time loop draws it all at once. A draw for T steps equals T draws for one step.
+    a time loop draws it all at once. A draw for T steps equals T draws for one step. `axis` is
+    that of the batch, for groups with a generator each.
     """
-    device = generator.device if generator is not None else None
-    uniform = torch.rand(shape, generator=generator, device=device)
+    uniform = drawn(torch.rand, shape, generator, axis)
     return -1.0 / uniform.clamp(1e-12, 1 - 1e-7).log()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nested import fast as fast_state
 from worldmodel.encoder import Decoder, Encoder
-from worldmodel.heads import Binary, TwoHot, kl
+from worldmodel.heads import Binary, Draws, TwoHot, kl
 from worldmodel.rssm import RSSM, MemoryUse, Posterior
 from worldmodel.types import Batch, Carry, Latent
 
@@ -53,7 +53,7 @@ class WorldModel(nn.Module):
         self,
         batch: Batch,
         carry: Carry,
-        generator: torch.Generator | None = None,
+        generator: Draws = None,
         use: MemoryUse = "write",
     ) -> tuple[Posterior, Carry]:
         """Filter (B, T, ...) rows from `carry`; any split of T gives the same result."""

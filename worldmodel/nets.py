@@ -3,6 +3,9 @@
 Follows DreamerV3 (Hafner et al. 2023, arXiv 2301.04104): truncated-normal fan-in initialisation,
 zero biases, RMS normalisation, SiLU. Weights are stored (in, out), so that a slice of the rows is
 the part of the layer that one input sees: what is not recurrent is then hoisted out of time loops.
+
+Weights may have one axis more in front, groups G: then the rows of the input are G equal parts in
+order, and each part meets weights of its own. So many small agents run as one (`stack_weights`).
 """
 
 import math
@@ -37,7 +40,7 @@ class Linear(nn.Module):
         init_weight(self.weight, n_in, scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.t(), self.bias)
+        return affine(x, self.weight, self.bias)
 
 
 class BlockLinear(nn.Module):
@@ -53,16 +56,77 @@ class BlockLinear(nn.Module):
         init_weight(self.weight, n_in // blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        return block_matmul(x, self.weight) + self.bias
+        return plus(block_matmul(x, self.weight), self.bias)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (..., in) times weight (in, out), plus bias (out,)."""
+    if weight.ndim == 2:
+        return F.linear(x, weight.t(), bias)
+    rows = x.reshape(len(weight), -1, x.shape[-1])
+    return torch.baddbmm(bias.unsqueeze(1), rows, weight).view(*x.shape[:-1], -1)
+
+
+def addmm(add: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """add (out,) or (B, out), plus x (B, in) times weight (in, out)."""
+    if weight.ndim == 2:
+        return torch.addmm(add, x, weight)
+    groups, _, n_out = weight.shape
+    rows = x.view(groups, -1, x.shape[-1])
+    return torch.baddbmm(add.view(groups, -1, n_out), rows, weight).view(-1, n_out)
+
+
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x (B, in) times weight (in, out)."""
+    if weight.ndim == 2:
+        return x @ weight
+    return torch.bmm(x.view(len(weight), -1, x.shape[-1]), weight).view(len(x), -1)
 
 
 def block_matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x (B, G * in) times weight (G, in, out) -> (B, G * out)."""
-    blocks, n_in, _ = weight.shape
+    """x (B, K * in) times K blocks, weight (K, in, out) -> (B, K * out)."""
+    *groups, blocks, n_in, _ = weight.shape
+    if groups:
+        rows = x.view(*groups, -1, blocks, n_in).transpose(1, 2)
+        return torch.matmul(rows, weight).transpose(1, 2).reshape(len(x), -1)
     if blocks == 1:
         return x @ weight[0]
     y = torch.bmm(x.view(-1, blocks, n_in).transpose(0, 1), weight)
     return y.transpose(0, 1).flatten(1)
+
+
+def times(x: Tensor, scale: Tensor, ndim: int = 1) -> Tensor:
+    """x (..., *S) times scale, whose shape S without groups has `ndim` axes."""
+    if scale.ndim == ndim:
+        return x * scale
+    return (x.reshape(len(scale), -1, *scale.shape[1:]) * scale.unsqueeze(1)).view(x.shape)
+
+
+def plus(x: Tensor, bias: Tensor) -> Tensor:
+    """x (..., n) plus bias (n,)."""
+    if bias.ndim == 1:
+        return x + bias
+    return (x.reshape(len(bias), -1, x.shape[-1]) + bias.unsqueeze(1)).view(x.shape)
+
+
+def sum_rows(x: Tensor, groups: int) -> Tensor:
+    """Sum of x (B, ...) over its rows, of each of `groups` parts; 0 groups: over all."""
+    return x.view(groups, -1, *x.shape[1:]).sum(1) if groups else x.sum(0)
+
+
+def outer(x: Tensor, grad: Tensor, groups: int) -> Tensor:
+    """Gradient (in, out) of the weight of `matmul`, from x (B, in) and grad (B, out)."""
+    if not groups:
+        return x.t() @ grad
+    return torch.bmm(x.view(groups, -1, x.shape[1]).mT, grad.view(groups, -1, grad.shape[1]))
+
+
+def rms(x: Tensor, scale: Tensor) -> Tensor:
+    """x (..., n) over its root mean square, times scale (n,)."""
+    scale = scale.to(x.dtype)
+    if scale.ndim == 1:
+        return F.rms_norm(x, scale.shape, scale, EPSILON)
+    return times(F.rms_norm(x, scale.shape[1:], None, EPSILON), scale)
 
 
 class RMSNorm(nn.Module):
@@ -73,7 +137,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(n))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), EPSILON)
+        return rms(x, self.weight)
 
 
 def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
@@ -97,16 +161,19 @@ class NormSiLU(torch.autograd.Function):
         factor = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(EPSILON).rsqrt_().unsqueeze(-1)
         normal = x * factor
         ctx.save_for_backward(normal, factor, weight)
-        return F.silu(normal * weight)
+        return F.silu(times(normal, weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore
         normal, factor, weight = ctx.saved_tensors
-        grad = torch.ops.aten.silu_backward(grads[0], normal * weight)
-        g_weight = (grad * normal).flatten(0, -2).sum(0)
-        grad.mul_(weight)
-        share = torch.linalg.vecdot(grad, normal).div_(-weight.numel()).unsqueeze(-1)
+        grad = torch.ops.aten.silu_backward(grads[0], times(normal, weight))
+        groups = len(weight) if weight.ndim > 1 else 0
+        g_weight = sum_rows((grad * normal).flatten(0, -2), groups)
+        (grad if not groups else grad.view(groups, -1, grad.shape[-1])).mul_(
+            weight if not groups else weight.unsqueeze(1)
+        )
+        share = torch.linalg.vecdot(grad, normal).div_(-grad.shape[-1]).unsqueeze(-1)
         return grad.addcmul_(normal, share).mul_(factor), g_weight
 
 
@@ -143,6 +210,11 @@ class MLP(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.out(x)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, promoted from half precision: probabilities and losses are not rounded to it."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def symlog(x: Tensor) -> Tensor:

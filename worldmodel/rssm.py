@@ -14,12 +14,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nested import fast as fast_state
 from worldmodel.cell import Draw, Plain, Tape, Weights, enter, recur
-from worldmodel.heads import race, sample, unimix
-from worldmodel.nets import MLP, BlockLinear, Dense, RMSNorm
+from worldmodel.heads import Draws, race, sample, unimix
+from worldmodel.nets import MLP, BlockLinear, Dense, RMSNorm, affine
 from worldmodel.types import Carry, Latent
 
 Recall = Callable[[Tensor, Tensor, Any], tuple[Tensor | None, Any]]
@@ -98,7 +97,7 @@ class RSSM(nn.Module):
         first: Tensor,
         forget: Tensor,
         use: MemoryUse = "write",
-        generator: torch.Generator | None = None,
+        generator: Draws = None,
     ) -> tuple[Posterior, Carry]:
         """Filter a sequence: tokens (B, T, E), action (B, T, A), first and forget (B, T) bool.
 
@@ -111,8 +110,8 @@ class RSSM(nn.Module):
         keep = (~first).to(tokens.dtype)[..., None]
         embed, bias = self._embed(action * keep, shares)
         layer = self.posterior_net.first.linear
-        seen = F.linear(tokens, layer.weight[self.deter :].t(), layer.bias)
-        noise = race((length, batch, self.stoch, self.classes), generator)
+        seen = affine(tokens, layer.weight[..., self.deter :, :], layer.bias)
+        noise = race((length, batch, self.stoch, self.classes), generator, 1)
         rows = zip(*(x.unbind(1) for x in (embed, bias, seen, keep, forget)), noise, strict=True)
         deter, stoch, fast = carry.latent.deter, carry.latent.stoch, carry.fast
         steps: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -139,7 +138,7 @@ class RSSM(nn.Module):
         policy: Callable[[Tensor], Tensor],
         horizon: int,
         use: MemoryUse = "read",
-        generator: torch.Generator | None = None,
+        generator: Draws = None,
     ) -> Dream:
         """Roll the prior out from N carries; policy maps features (N, F) to actions (N, A).
 
@@ -148,7 +147,7 @@ class RSSM(nn.Module):
         weights, shares = self._hoist()
         recall = self._recall(use)
         deter, stoch, fast = carry.latent.deter, carry.latent.stoch, carry.fast
-        noise = race((horizon, len(deter), self.stoch, self.classes), generator)
+        noise = race((horizon, len(deter), self.stoch, self.classes), generator, 1)
         keep = deter.new_ones(())
         deters, stochs, actions = [deter], [stoch], []
         for h in range(horizon):
@@ -167,9 +166,10 @@ class RSSM(nn.Module):
     def _hoist(self) -> tuple[Weights, Tensor]:
         """What is recurrent, and the action's share (hidden, D) of the mixing layer."""
         weight, n = self.mixed.weight, self.deter // self.blocks
-        shared = weight[:, n:].transpose(0, 1).reshape(-1, self.deter)
-        sizes = [2 * self.hidden, self.hidden, len(shared) - 3 * self.hidden]
-        state, action, memory = shared.split(sizes)
+        shared = weight[..., n:, :].transpose(-3, -2)
+        shared = shared.reshape(*weight.shape[:-3], -1, self.deter)
+        sizes = [2 * self.hidden, self.hidden, shared.shape[-2] - 3 * self.hidden]
+        state, action, memory = shared.split(sizes, -2)
         first, out = self.posterior_net.first, self.posterior_net.out
         a, b = self.from_deter, self.from_stoch
         weights = Weights(
@@ -177,14 +177,14 @@ class RSSM(nn.Module):
             a.linear.bias,
             b.linear.weight,
             b.linear.bias,
-            torch.stack([a.norm.weight, b.norm.weight]),
+            torch.stack([a.norm.weight, b.norm.weight], -2),
             state,
-            weight[:, :n],
+            weight[..., :n, :],
             memory,
             self.mixed_norm.weight,
             self.gates.weight,
             self.gates.bias,
-            first.linear.weight[: self.deter],
+            first.linear.weight[..., : self.deter, :],
             first.norm.weight,
             out.weight,
             out.bias,
@@ -202,7 +202,7 @@ class RSSM(nn.Module):
     def _embed(self, action: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
         """Embedded action (..., hidden) and its part of the mixing layer (..., D)."""
         embed = self.from_action(action / action.abs().clamp(min=1.0))
-        return embed, F.linear(embed, share.t(), self.mixed.bias)
+        return embed, affine(embed, share, self.mixed.bias)
 
     def _probs(self, logits: Tensor) -> Tensor:
         return unimix(logits.unflatten(-1, (self.stoch, self.classes)), self.mix)

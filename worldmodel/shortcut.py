@@ -16,8 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from worldmodel.heads import at_least_float32
-from worldmodel.nets import Linear
+from worldmodel.nets import Linear, at_least_float32
 from worldmodel.scale import RunningRMS
 from worldmodel.tokenizer import learned
 from worldmodel.transformer import Context, Transformer, Trunk

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from worldmodel.heads import at_least_float32
-from worldmodel.nets import Linear
+from worldmodel.nets import Linear, at_least_float32
 from worldmodel.scale import RunningRMS
 from worldmodel.transformer import Context, Transformer, Trunk
 
