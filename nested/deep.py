@@ -133,11 +133,22 @@ class DeepMemory(Associative):
 
         bfloat16 needs a generator.
         """
-        if reset is not None:
-            held.forget_(users, tuple(torch.zeros_like(w) for w in self.start), reset)
+        return self.out(self.write_(self.project(x), users, reset, generator).flatten(1))
+
+    @torch.no_grad()
+    def write_(
+        self,
+        z: Tensor,
+        users: Held,
+        reset: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """`step_` between the projections: z (B, H, P) raw -> what the query brings (B, H, D)."""
         start = tuple(self.start)
+        if reset is not None:
+            held.forget_(users, tuple(torch.zeros_like(w) for w in start), reset)
         step = partial(held.network_, start=start, end=self.end, rate=self.rate)
-        return self.out(held.step_(users, self.project(x), generator, step).flatten(1))
+        return held.step_(users, z, generator, step)
 
     def settle(self, users: Held) -> DeepState:
         """The state that `users` has come to."""

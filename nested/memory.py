@@ -115,10 +115,21 @@ class LinearMemory(nn.Module):
 
         bfloat16 needs a generator; `kernel` may be another that does what `held.linear_` does.
         """
+        return self.out(self.write_(self.project(x), users, reset, generator, kernel).flatten(1))
+
+    @torch.no_grad()
+    def write_(
+        self,
+        z: Tensor,
+        users: Held,
+        reset: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        kernel: held.Linear = held.linear_,
+    ) -> Tensor:
+        """`step_` between the projections: z (B, H, P) raw -> what the query brings (B, H, D)."""
         if reset is not None:
             held.forget_(users, (self.start,), reset)
-        step = partial(kernel, erase=self.erase)
-        return self.out(held.step_(users, self.project(x), generator, step).flatten(1))
+        return held.step_(users, z, generator, partial(kernel, erase=self.erase))
 
     def settle(self, users: Held) -> LinearState:
         """The state that `users` has come to."""
