@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.benchmarks.cells import Result
-from experiments.record.curves import FAINT, INK, PALETTE
+from experiments.record.curves import FAINT, INK, PALETTE, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ACROSS = 6  # heatmaps in a row
+ACROSS = 8  # heatmaps in a row
 DIFFERENCES = ("AP_final", "ALA", "F")
 
 
@@ -45,8 +45,8 @@ def _page(stream: str, found: Mapping[str, Any], scores: Mapping[str, np.ndarray
 
     heights = -(-len(scores) // ACROSS)
     rows = len(scores)
-    figure = Figure(figsize=(15, 2.4 * heights + 5.2 + 0.26 * rows), layout="constrained")
-    ratios = [2.4 * heights + 0.5, 4.7, 0.26 * rows + 0.6]
+    figure = Figure(figsize=(15, 1.9 * heights + 5.2 + 0.26 * rows), layout="constrained")
+    ratios = [1.9 * heights + 0.5, 4.7, 0.26 * rows + 0.6]
     maps, plots, costs = figure.subfigures(3, 1, squeeze=False, height_ratios=ratios)[:, 0]
     maps.suptitle(
         f"{stream}, {len(found['seeds'])} seeds: score on each task (across) after training on "
@@ -76,14 +76,19 @@ def _heatmaps(figure: Any, scores: Mapping[str, np.ndarray]) -> None:
 
 
 def _plane(axes: "Axes", methods: Mapping[str, Any]) -> None:
-    """Up is learned well, right is forgotten."""
-    for i, (method, row) in enumerate(methods.items()):
-        x, y = row["metrics"]["F"], row["metrics"]["ALA"]
-        bars = {"xerr": _bars(x), "yerr": _bars(y), "ecolor": FAINT, "elinewidth": 1}
+    """Up is learned well, right is forgotten; names stand beside, none over another."""
+    points = {name: (row["metrics"]["F"], row["metrics"]["ALA"]) for name, row in methods.items()}
+    for i, (x, y) in enumerate(points.values()):
+        bars = {"xerr": _bars(x), "yerr": _bars(y), "ecolor": FAINT, "elinewidth": 0.8}
         axes.errorbar(x["value"], y["value"], fmt="o", color=PALETTE[i % len(PALETTE)], **bars)
+    low, high = axes.get_ylim()
+    heights = {i: (y["value"] - low) / (high - low) for i, (_, y) in enumerate(points.values())}
+    for i, place in spread(heights, 0.062).items():
+        name, (x, y) = list(points.items())[i]
         axes.annotate(
-            method, (x["value"], y["value"]), xytext=(5, 4), textcoords="offset points",
-            fontsize=8.5, color=INK,
+            name, (x["value"], y["value"]), xytext=(1.03, place), textcoords="axes fraction",
+            fontsize=8.5, color=PALETTE[i % len(PALETTE)], va="center", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.4, "alpha": 0.6},
         )  # fmt: skip
     axes.set_title("learned, and forgotten")
     axes.set_xlabel("F: fall of a task's score to the end")
@@ -111,29 +116,27 @@ def _differences(axes: "Axes", pairs: Mapping[str, Any]) -> None:
 
 def _costs(axes: "Axes", methods: Mapping[str, Any]) -> None:
     axes.axis("off")
-    head = ["method", "core us a row", "FLOPs a row", "levels: parameters, clock, FLOPs a row"]
+    head = ["method", "core us a row", "FLOPs a row", "levels: period, parameters, FLOPs a row"]
     cells = [
         [
             method,
             f"{row['cost']['core_us_per_interaction']:.1f}",
             f"{row['cost']['flops_per_interaction']:,.0f}",
-            "; ".join(
-                f"{name} {level['parameters']:,} {level['every']}, {level['flops']:,}"
+            ";  ".join(
+                f"{name} n={level['n']}, {level['parameters']:,}, {level['flops']:,}"
                 for name, level in row["cost"]["levels"].items()
             ),
         ]
         for method, row in methods.items()
     ]
-    made = axes.table(
-        cells,
-        colLabels=head,
-        colWidths=[0.1, 0.08, 0.1, 0.72],
-        loc="center",
-        edges="horizontal",
-        cellLoc="left",
-    )
+    widths = [0.11, 0.08, 0.09, 0.72]
+    made = axes.table(cells, colLabels=head, colWidths=widths, loc="center", edges="horizontal")
     made.auto_set_font_size(False)
     made.set_fontsize(8.5)
+    for cell in made.get_celld().values():
+        cell.set_text_props(ha="left")
+        cell.PAD = 0.01
+        cell.set_linewidth(0.4)
 
 
 def _bars(row: Mapping[str, float]) -> np.ndarray:

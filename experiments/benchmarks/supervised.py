@@ -35,7 +35,7 @@ class Settings(NamedTuple):
     hidden: tuple[int, ...] = (100, 100, 100, 100)
     batch: int = 16
     evaluations: int = 5  # of the current task while it is trained, besides the one before
-    ewc: float = 100.0  # strength; the penalty is ewc / 2 F (w - w*)^2
+    ewc: float = 10.0  # strength; the penalty is ewc / 2 F (w - w*)^2
     ewc_rows: int = 200  # rows that a task's Fisher is measured on
     gamma: float = 0.95  # what is kept of the older tasks' Fisher
     l2_init: float = 1e-2  # strength; the penalty is l2_init / 2 |w - w0|^2
@@ -215,7 +215,10 @@ def learn(
     settings: Settings,
     tell: Callable[[float], None] = lambda share: None,
 ) -> Learned:
-    """Train on task after task; after each, evaluate all. `tell` hears the share that is done."""
+    """Train on task after task; after each, evaluate all. `tell` hears the share that is done.
+
+    Evaluation sees whole test sets and has no noise: the last one is a task's end value.
+    """
     learner = Learner(stream, method, settings)
     tasks, updates = range(stream.tasks), stream.samples // settings.batch
     times = np.linspace(0, updates, settings.evaluations + 1).round().astype(int)
@@ -300,6 +303,7 @@ def level_costs(learner: Learner) -> dict[str, dict[str, Any]]:
         products = {n: w.numel() // seeds for n, w in owned.items() if n.endswith("weight")}
         found[level.name] = {
             "parameters": sum(w.numel() for w in owned.values()) // seeds,
+            "n": level.every.n,
             "every": str(level.every),
             "flops": sum(c * (4 if n == "layers.0.weight" else 6) for n, c in products.items()),
         }

@@ -24,7 +24,7 @@ def result(shift: float = 0.0, core: float = 1.0) -> Result:
         "online": np.array([[0.5, 0.6], [0.4, 0.5]]) + shift,
         "auc": np.full((2, 2), 0.5) + shift,
     }
-    levels = {"all": {"parameters": 3, "every": "every update", "flops": 12}}
+    levels = {"all": {"parameters": 3, "n": 1, "every": "every update", "flops": 12}}
     info = {"core_us_per_interaction": core, "flops_per_interaction": 12.0, "levels": levels}
     return Result(scores + shift, by_task, {"times": np.arange(3)}, info)
 
@@ -110,6 +110,9 @@ def test_the_summary_is_paired_and_has_its_reference():
     assert plain["forward_transfer/ref"]["value"] == pytest.approx(0.1 / 0.6)
     assert plain["forward_transfer/kessler"]["value"] == pytest.approx(0.1 / 0.5)
     assert plain["fresh_gap"]["value"] == pytest.approx(-0.1)
+    # online means of fresh agents by task 0.35 and 0.45, of plain's seeds 0.5 0.6 and 0.4 0.5
+    assert plain["dynamic_regret"]["value"] == pytest.approx(-0.2)
+    assert plain["ALA/normalised"]["value"] == pytest.approx((0.7 / 0.6 + 0.8 / 0.7) / 2)
     alone = continual.summarise(plan[:1], {plan[0].key: result()})["cl/A-v0"]
     assert "fresh_gap" not in alone["methods"]["plain"]["metrics"]
 
@@ -131,12 +134,19 @@ def test_text_and_page_say_what_the_summary_holds(tmp_path: Path):
 
 def test_gates():
     stream = "cl/PermutedDigits-v0"
-    good = result()._replace(by_task={"learned": np.full((2, 2), 0.61)})
-    plan = [cell("plain", stream)]
-    assert continual.failures("smoke", plan, {plan[0].key: good}) == []
-    bad = good._replace(by_task={"learned": np.full((2, 2), 0.59)})
-    (text,) = continual.failures("smoke", plan, {plan[0].key: bad})
-    assert text == f"{stream} plain: learned 0.590 is not above 0.6"
+    plan = [cell("plain", stream)]  # whose ALA is 0.75
+    assert continual.failures("smoke", plan, {plan[0].key: result(-0.149)}) == []
+    (text,) = continual.failures("smoke", plan, {plan[0].key: result(-0.16)})
+    assert text == f"{stream} plain: ALA 0.590 is not above 0.6"
+
+
+def test_normalised_scores_are_in_units_of_a_fresh_agent():
+    # untrained 0.1 and 0.1; fresh agents learn 0.7 of task 1 and 0.8 of task 2
+    found = continual.normalised(result(0.3), result())
+    assert found is not None
+    assert found[0, 2] == pytest.approx([(0.8 - 0.1) / 0.6, (1.2 - 0.1) / 0.7])
+    lazy = result()._replace(scores=np.full((2, 3, 2), 0.1))
+    assert continual.normalised(result(), lazy) is None
 
 
 # ---- the command -------------------------------------------------------------------------------
@@ -155,7 +165,8 @@ def test_the_command_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_pat
     (path,) = (tmp_path / "cells").glob("PermutedDigits-v0--plain--*")
     found = cells.load(path)
     assert found.scores.shape == (2, 3, 2)
-    assert np.array_equal(found.by_task["learned"], found.arrays["curves"][..., -1])
+    learned = np.diagonal(found.scores[:, 1:], axis1=1, axis2=2)
+    assert np.array_equal(learned, found.arrays["curves"][..., -1])
     # again: everything is found
     assert continual.main([*words, "--json", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr()
