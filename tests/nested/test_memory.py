@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nested import fast
 from tests import zoo
+from worldmodel import RSSM
 
 USERS, STEPS = 4, 40  # more steps than one chunk
 every_memory = pytest.mark.parametrize("name", zoo.MEMORIES)
@@ -76,6 +77,46 @@ def test_sequence_has_the_gradient_of_steps(name: str):
     steps = gradients(lambda *args: stepped(memory, *args))
     assert_close(gradients(memory.scan), steps, 1e-11)
     assert all(g.abs().max() > 1e-3 for g in steps), "a parameter is out of reach of the loss"
+
+
+@every_memory
+def test_gradients_are_those_of_differences(name: str):
+    memory = zoo.memory(name, 3, 2, torch.float64)
+    names = [f"memory.{n}" for n, _ in memory.named_parameters()]
+    xs, resets = torch.randn(2, 3, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.bool)
+    resets[1, 2] = True
+
+    def run(xs: Tensor, *params: Tensor) -> Tensor:
+        return fast.bind(Scan(memory), dict(zip(names, params, strict=True)))(xs, resets)
+
+    inputs = (xs, *(p.detach().clone() for p in memory.parameters()))
+    assert torch.autograd.gradcheck(run, [x.requires_grad_() for x in inputs], fast_mode=True)
+
+
+class Scan(torch.nn.Module):
+    """A memory that reads a whole sequence from the start, all of its results as one tensor."""
+
+    def __init__(self, memory: Any):
+        super().__init__()
+        self.memory = memory
+
+    def forward(self, xs: Tensor, resets: Tensor) -> Tensor:
+        ys, state = self.memory.scan(xs, self.memory.initial(len(xs)), resets)
+        return torch.cat([x.flatten() for x in (ys, *moving(state))])
+
+
+@every_memory
+def test_works_inside_a_world_model(name: str):
+    memory = zoo.MEMORIES[name](3 * 6, 6)
+    model = RSSM(5, 2, deter=8, hidden=6, stoch=2, classes=3, blocks=2, memory=memory)
+    first = torch.zeros(3, 4, dtype=torch.bool)
+    first[1, 2] = True
+    inputs = torch.randn(3, 4, 5), torch.randn(3, 4, 2), first, first
+    seen, carry = model.observe(model.initial(3), *inputs)
+    (seen.deter.sum() + seen.probs.square().sum()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in memory.parameters())
+    dream = model.imagine(carry, lambda feature: feature[:, :2], 2)
+    assert dream.deter.isfinite().all()
 
 
 @every_memory
