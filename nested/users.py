@@ -125,7 +125,7 @@ class Users:
             found = slots[which.to(self.device)]
             self._put(found, records.fields)
             self._generations[found] = records.generation.to(self.device)
-            self._stale = True
+            self._stale |= bool((records.generation != self.generation).any())
         return self._index(users)
 
     def gather(self, slots: Tensor) -> fast.Tree:
@@ -242,6 +242,12 @@ class Users:
             return torch.zeros(0, dtype=torch.int64), None
         which, records = self.store.get(users)
         self._check(records.fields, rows=len(which))
+        newest = int(records.generation.max()) if len(which) else 0
+        if newest > self.generation:
+            raise ValueError(
+                f"users: a stored state is of generation {newest}, the slow weights of "
+                f"{self.generation}; load the checkpoint that the store belongs to, or start anew"
+            )
         return which, records if len(which) else None
 
     def _put(self, slots: Tensor, fields: Mapping[str, Tensor]) -> None:
@@ -313,9 +319,12 @@ def plain(ids: Ids) -> list[Id]:
     listed = cast("Any", ids).tolist() if isinstance(ids, Tensor | np.ndarray) else ids
     users: list[Id] = []
     for user in listed:
-        if not isinstance(user, Integral | str | bytes):
+        if isinstance(user, int | str | bytes):
+            users.append(user)
+        elif isinstance(user, Integral):  # numpy's
+            users.append(int(user))
+        else:
             raise TypeError(f"users: an id is an int, str or bytes, not {user!r}")
-        users.append(int(user) if isinstance(user, Integral) else user)
     if len(set(users)) < len(users):
         twice = next(user for i, user in enumerate(users) if user in users[:i])
         raise ValueError(f"users: {twice!r} comes twice in one call")

@@ -1,6 +1,7 @@
 """Users on disk: bit for bit after anything, and damage costs those it hits, counted."""
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from experiments.benchmarks import users_disk
 from experiments.data import users as on_disk
 from experiments.data.users import UserShards, UserShardsError
+from experiments.record import tree
 from nested.users import Records, Users, named
 
 KINDS = {
@@ -282,7 +284,7 @@ def test_a_pool_spills_to_disk_and_its_checkpoint_rewinds_it():
     users = Users(template, 8, store)
     for start in (0, 8, 16, 0):
         visit(users, range(start, start + 8))
-    saved = users.state_dict()
+    saved = tree.decode(*tree.encode(users.state_dict()))  # as a checkpoint keeps it
     first = [visit(users, range(a, a + 5)) for a in (0, 5, 10, 0)]
     store.close()
     store = UserShards(Path("store"), template, shard=16)
@@ -290,6 +292,47 @@ def test_a_pool_spills_to_disk_and_its_checkpoint_rewinds_it():
     users.load_state_dict(saved)
     assert [visit(users, range(a, a + 5)) for a in (0, 5, 10, 0)] == first
     assert first[0] == [0.0, 2.0, 4.0, 6.0, 8.0] and named(template).keys() == {"x"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_done_it_holds_what_a_dict_would(seed: int, monkeypatch):
+    """Puts, flushes, marks, rewinds, forgets, reopenings and crashes in any order."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # as slow as the disk, and not asked here
+    rng, options = random.Random(seed), {"shard": (1, 8, 50)[seed], "keep": (1, 2, 4)[seed]}
+    store, model = opened(**options), {}
+    marks: dict[int, dict[int, int]] = {}
+    for number in range(100):
+        ids = rng.sample(range(20), rng.randint(1, 6))
+        does = rng.choice(["put"] * 5 + ["flush", "mark", "rewind", "forget", "close", "crash"])
+        if does == "put":
+            saved = records(len(ids), generation=number)
+            saved.fields["count"].copy_(torch.tensor(ids) * 1000 + number)
+            store.put(ids, saved)
+            model |= {user: user * 1000 + number for user in ids}
+        elif does == "flush":
+            store.flush()
+        elif does == "mark":
+            marks[store.mark()] = dict(model)
+            marks = dict(sorted(marks.items())[-options["keep"] :])
+        elif does == "rewind" and marks:
+            mark = rng.choice(list(marks))
+            store.rewind(mark)
+            model, marks = dict(marks[mark]), {m: users for m, users in marks.items() if m <= mark}
+        elif does == "forget":
+            store.forget(ids[:2])
+            for users in (model, *marks.values()):
+                for user in ids[:2]:
+                    users.pop(user, None)
+        elif does == "close":
+            store = reopened(store, **options)
+        elif does == "crash":
+            os.close(store._lock)
+            store = opened(**options)
+        which, found = store.get(range(20))
+        assert dict(zip(which.tolist(), found.fields["count"].tolist(), strict=True)) == model
+        places = [*store._index.values(), *store._free, *(place for _, place in store._replaced)]
+        assert sorted(places) == list(range(len(store._shards) * options["shard"]))
+    assert (store.lost, store.older, len(store)) == (0, 0, len(model))
 
 
 def test_killed_in_the_middle_nobody_loses_what_was_acknowledged(tmp_path: Path):

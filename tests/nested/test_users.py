@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nested import fast
+from nested import Adapter, fast
 from nested.users import Records, Users, named
 
 
@@ -156,6 +156,39 @@ def test_rebased_once_on_the_next_use():
     visit(users, [4, 5, 6])
     assert visit(users, ["stored"]) == [21.0] and calls[2] == ([31.0], [0])
     assert visit(users, ["a", "stored"]) == [0.0, 22.0] and len(calls) == 3
+
+
+def test_adapted_users_keep_their_weights_when_the_slow_ones_move():
+    module = nn.Linear(6, 5)
+
+    def loss(params: dict[str, Tensor], row: Tensor) -> Tensor:
+        return (fast.bind(module, params)(row) - 1).square().mean()
+
+    adapter = Adapter(module, "", loss, lr=0.1, rank=2)
+    first = adapter.initial(1, torch.Generator().manual_seed(0))
+    moved = {"weight": first.delta["weight/left"][0] @ torch.randn(2, 6), "bias": torch.randn(5)}
+    users = Users(first, 2, rebase=lambda state, _: adapter.rebase(state, moved))
+    slots = users.enter(["a", "b"], first)
+    state, _ = adapter(users.gather(slots), torch.randn(2, 3, 6))
+    users.scatter(slots, state)
+    users.leave(["a", "b"])
+    before = adapter.weights(state)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p += moved[name]
+    users.advance()
+    after = adapter.weights(users.gather(users.enter(["a"], first)))
+    for name, weights in after.items():
+        torch.testing.assert_close(weights[0], before[name][0])
+
+
+def test_a_store_from_later_is_refused():
+    store = InMemory()
+    users = Users(states(0.0), 1, store)
+    users.advance()
+    visit(users, [1])
+    with pytest.raises(ValueError, match="is of generation 1, the slow weights of 0; load"):
+        Users(states(0.0), 1, store).enter([1], states(0.0))
 
 
 def test_who_starts_again_is_of_this_generation():
