@@ -29,6 +29,7 @@ BURN = 5  # rounds before the average over rounds begins
 RATE = 4 / 3  # before it: users shrink what they learn, by a little over a quarter
 UNIT = "session"
 OPTIMUM = "optimum"
+CERTAIN = "certainty"  # the rates that are handed in at the tick
 MEASURES = (  # of slow weights: squared distance from the population's mean, excess losses
     "error",
     "zero-shot",
@@ -57,14 +58,15 @@ class Method(NamedTuple):
     """A way to consolidate: its levels, and what they learn from."""
 
     levels: list[Level]
-    lesson: Literal["weights", "interactions", "answers"] = "weights"
+    lesson: Literal["weights", "certain weights", "interactions", "answers"] = "weights"
 
 
 def methods(every: Every) -> dict[str, Method]:
     """All that are compared, with slow levels on a clock of visits.
 
     An average over rounds is Polyak and Ruppert's: of users' weights it reaches the error of the
-    optimum whatever the rate of the pull, as long as that is stable.
+    optimum whatever the rate of the pull, as long as that is stable. By certainty, the rate of each
+    weight makes up for how far short of the truth users stay: hierarchical ridge, one weight each.
     """
     mean, pull = presets.fedavg(every=every), presets.reptile(every=every, rate=RATE)
     average = Level("average", copy=".", every=every, flow=Pull("params", mean_since))
@@ -73,6 +75,7 @@ def methods(every: Every) -> dict[str, Method]:
     return {
         "mean": Method(mean),
         "mean, averaged": Method([*pull, average]),
+        "mean, by certainty": Method(presets.reptile(every=every, rate=CERTAIN), "certain weights"),
         "reptile": Method(presets.reptile(every=every, rate=0.3)),
         "nesterov": Method(presets.fedavg(every=every, outer=nesterov)),
         "adam": Method(presets.fedavg(every=every, outer=adam)),
@@ -87,6 +90,7 @@ class Learned(NamedTuple):
 
     session: Session
     delta: Tensor  # (B, D) displacement from the slow weights
+    certainty: Tensor  # (B, D) share of the way to the truth that was learned, of each weight
 
 
 class Server:
@@ -96,7 +100,8 @@ class Server:
         self.name, self.lesson = name, method.lesson
         self.slow = linear(torch.zeros(dim, dtype=torch.float64))
         self.timescales = Timescales(self.slow.named_parameters(), method.levels)
-        self.visits = Visits.none(self.params)
+        self.visits = self.certainty = Visits.none(self.params)
+        self.updates = 0
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -118,15 +123,24 @@ class Server:
     def take(self, learned: Learned) -> bool:
         """One batch of visits; whether the slow weights moved."""
         num = len(learned.delta)
-        if self.lesson != "weights":
+        if self.lesson in ("interactions", "answers"):
             self._loss(learned).backward()
             self.timescales.tick("update")
             return bool(self.timescales.tick(UNIT, num))
         self.visits = self.visits.add({"weight": learned.delta[:, None]})
-        source = self.visits.source(self.params)
-        moved = bool(self.timescales.tick(UNIT, num, sources={"user": source}))
-        self.visits = Visits.none(self.params) if moved else self.visits
+        self.certainty = self.certainty.add({"weight": learned.certainty[:, None]})
+        sources = {"user": self.visits.source(self.params)}
+        moved = bool(self.timescales.tick(UNIT, num, sources=sources, rates=self._rates()))
+        if moved:
+            self.visits = self.certainty = Visits.none(self.params)
+            self.updates += 1
         return moved
+
+    def _rates(self) -> dict[str, dict[str, Tensor]]:
+        """Of each weight: a mean over rounds, of displacements as if users had learned all."""
+        certainty, _ = self.certainty.source({"weight": torch.zeros_like(self.params["weight"])})
+        rate = 1.0 / max(1, self.updates - 1)
+        return {CERTAIN: {name: rate / x[0] for name, x in certainty.items()}}
 
     def _loss(self, learned: Learned) -> Tensor:
         """Half the mean squared error on the users' interactions, or on their adapted answers."""
@@ -177,7 +191,8 @@ def consolidate(
         more = fast.equations(prior.cov)
         weighted, precision = weighted + more[0], precision + more[1]
         for server in servers:
-            if server.take(Learned(session, fast.moved(server.live))):
+            learned = Learned(session, fast.moved(server.live), fast.pull.diagonal(dim1=1, dim2=2))
+            if server.take(learned):
                 found[server.name].append(score(server.weights))
         if (first + size.batch) % size.users == 0:
             found[OPTIMUM].append(score(torch.linalg.solve(precision, weighted)))
@@ -208,7 +223,7 @@ class Returning:
         wrong = (stats.moment - (stats.gram @ self.weights[:, :, None]).squeeze(2)) / variance
         learned = torch.linalg.solve(self.precision, wrong)
         delta = self.state.delta["weight"] + learned[:, None]
-        self.server.take(Learned(session, delta[:, 0]))
+        self.server.take(Learned(session, delta[:, 0], torch.ones_like(learned)))
         generation = torch.full((len(delta),), self.moves.generation)
         self.moves.advance(self.server.params)
         self.state = AdapterState({"weight": delta}, {})

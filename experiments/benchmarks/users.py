@@ -185,6 +185,21 @@ def consolidated(
     return rows
 
 
+def gates(parts: Mapping[str, Any]) -> dict[str, bool]:
+    """What should hold of one population."""
+    best = [max(row[str(n)]["value"] for row in parts["adaptation"].values()) for n in MARKS]
+    swapped = [row[str(n)]["high"] for row in parts["swapped"].values() for n in MARKS]
+    errors = [row["error"]["value"] for k, row in parts["consolidation"].items() if k != OPTIMUM]
+    loss = parts["returning"]
+    return {
+        "some learner reaches 95 % of the Bayes-optimal gain at each mark": min(best) >= 0.95,
+        "another user's fast weights do not help": max(swapped) <= 0.0,
+        "some consolidation errs at most 5 % more than the optimum": min(errors) <= 1.05,
+        "taking out what was consolidated is best": loss["taken out"][-1]
+        < min(loss["kept"][-1], loss["cleared"][-1]),
+    }
+
+
 def table(result: Mapping[str, Any]) -> str:
     """All populations as text."""
     lines: list[str] = []
@@ -207,6 +222,9 @@ def table(result: Mapping[str, Any]) -> str:
         lines += ["", f"{world}: loss of returning users, what was consolidated is"]
         for keep, values in parts["returning"].items():
             lines.append(f"{keep:20}" + "".join(f"{value:10.3f}" for value in values))
+        lines.append("")
+        for gate, holds in parts["gates"].items():
+            lines.append(f"{world}: {gate}: {'yes' if holds else 'NO'}")
     return "\n".join(lines[1:])
 
 
@@ -271,14 +289,15 @@ def draw(found: Mapping[str, Sequence[Found]], path: Path, users: int) -> None:
 
 def curves(axes: Any, found: Mapping[str, np.ndarray], first: int, title: str) -> None:
     """Means over seeds (seeds, n) with bands of 95 %, by name."""
-    from experiments.record.curves import PALETTE
+    from experiments.record.curves import INK, PALETTE
 
     rng = np.random.default_rng(0)
     for i, (name, values) in enumerate(found.items()):
         x = np.arange(first, first + values.shape[1])
         draws = values[rng.integers(0, len(values), (300, len(values)))].mean(1)
-        colour = PALETTE[i % len(PALETTE)]
-        axes.plot(x, values.mean(0), color=colour, linewidth=1.7, label=name)
+        colour = INK if name == OPTIMUM else PALETTE[i % len(PALETTE)]
+        dashes = "--" if name == OPTIMUM or i >= len(PALETTE) else "-"
+        axes.plot(x, values.mean(0), dashes, color=colour, linewidth=1.7, label=name)
         axes.fill_between(
             x, *np.quantile(draws, ENDS, axis=0), color=colour, alpha=0.2, linewidth=0
         )
@@ -304,11 +323,12 @@ def run(tier: Tier, seeds: Sequence[int], out: Path) -> dict[str, Any]:
             found[world].append(measure(world, seed, tier, named))
             rows += long_rows(world, seed, found[world][-1])
             print(f"{world}, seed {seed}: {time.perf_counter() - begun:.0f} s", flush=True)
-        result["populations"][world] = {"tuned": rates, **summary(found[world])}
+        parts = summary(found[world])
+        result["populations"][world] = {"tuned": rates, **parts, "gates": gates(parts)}
     out.mkdir(parents=True, exist_ok=True)
     (out / "users.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     with (out / "users.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([COLUMNS, *rows])
+        csv.writer(file).writerows([COLUMNS, *((*row[:-1], f"{row[-1]:.6g}") for row in rows)])
     draw(found, out / "users.png", tier.consolidation.users)
     return result
 
