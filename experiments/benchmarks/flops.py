@@ -6,6 +6,8 @@ products, joined over time. What is done to the weights alone costs the same for
 rest is linear in its sequences: one and two of them are counted, and give the whole batch.
 """
 
+from collections.abc import Callable
+
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.build import slow_critic
@@ -24,16 +26,25 @@ def flops_of(loop: Loop, counted: int, readable: bool = True) -> int:
 
     readable: False counts the dynamics as they are trained.
     """
-    dynamics = loop.agent.world.dynamics
-    before, dynamics.readable = dynamics.readable, readable
     arrays, carry = loop.replay.sample(counted)
-    batch = replayed_batch(arrays, loop.device)
-    with FlopCounterMode(display=False) as counter:
-        start = unpack(carry, loop.agent.initial(counted))
-        weights = slow_critic(loop.timescales)
-        outcome = loop.agent.losses(batch, start, weights, loop.generator)
-        loop.agent.total(outcome.losses).backward()
+    batch, agent = replayed_batch(arrays, loop.device), loop.agent
+
+    def update() -> None:
+        start, weights = unpack(carry, agent.initial(counted)), slow_critic(loop.timescales)
+        outcome = agent.losses(batch, start, weights, loop.generator)
+        agent.total(outcome.losses).backward()
+
+    dynamics = agent.world.dynamics
+    before, dynamics.readable = dynamics.readable, readable
+    found = operations(update)
     dynamics.readable = before
-    for parameter in loop.agent.parameters():
+    for parameter in agent.parameters():
         parameter.grad = None
+    return found
+
+
+def operations(run: Callable[[], object]) -> int:
+    """Operations of matrix products and convolutions while `run` runs."""
+    with FlopCounterMode(display=False) as counter:
+        run()
     return counter.get_total_flops()
