@@ -122,8 +122,10 @@ class Dreamer(nn.Module):
             reward = self.world.reward.mean(self.world.reward(feature))
             live = self.world.continues(feature).sigmoid()
         slow_value = self._slow_value(feature[:, :-1], slow_critic)
-        logits = self.critic(feature)
-        value = self.critic.mean(logits.detach())
+        logits = self.critic(feature[:, :-1])
+        with torch.no_grad():
+            last = self.critic.mean(self.critic(feature[:, -1:]))
+            value = torch.cat([self.critic.mean(logits), last], 1)
         returns = lambda_return(reward, live, torch.ones_like(live), value, self.lam)
         scale = self.return_scale(returns)
         weight = live.cumprod(1)[:, :-1]
@@ -135,7 +137,7 @@ class Dreamer(nn.Module):
         entropy = self.actor.entropy(params)
         log_prob = self.actor.log_prob(params, dream.action[:, :-1])
         policy = -weight * (log_prob * advantage + self.entropy * entropy)
-        critic = weight * self._value_loss(logits[:, :-1], returns, slow_value)
+        critic = weight * self._value_loss(logits, returns, slow_value)
         shape = (len(posterior.deter), -1)
         losses = {"policy": policy.mean(1).view(shape), "value": critic.mean(1).view(shape)}
         metrics = {

@@ -53,13 +53,22 @@ class Driver:
 
     def step(self, random: np.random.Generator | None = None) -> Step:
         """Filter the current row, act on it, and step; with `random` the action is uniform."""
+        action, carry = self.agent.act(self.carry, self.batch(), self.generator, self.use)
+        return self.take(action, carry, random)
+
+    def batch(self) -> Batch:
+        """The current row as tensors (N, ...) on the device."""
+        assert self.row is not None, "reset the driver first"
+        return to_batch(self.row, self.generator.device)
+
+    def take(self, action: Tensor, after: Carry, random: np.random.Generator | None = None) -> Step:
+        """Step with an encoded action (N, A), or a uniform one; `after` is the new carry."""
         assert self.row is not None, "reset the driver first"
         row, carry = self.row, self.carry
         self._return = np.where(row.first, 0.0, self._return + row.reward)
         self._length = np.where(row.first, 1, self._length + 1)
         ended = np.flatnonzero(row.last)
-        batch = to_batch(row, self.generator.device)
-        action, self.carry = self.agent.act(carry, batch, self.generator, self.use)
+        self.carry = after
         taken = action.cpu().numpy() if random is None else self.envs.random_action(random)
         self.row = self.envs.step(taken)
         returns = [float(self._return[slot]) for slot in ended]

@@ -4,7 +4,8 @@ Environments, carries and generators of an evaluation are its own and depend onl
 the moment, so a run with evaluations trains exactly as one without.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from agents import Dreamer
 from experiments.build import build_agent, device_of
 from experiments.config import Config, load_config
-from experiments.driver import Driver
+from experiments.driver import Driver, Step
 from experiments.envs import make_envs
 from worldmodel.rssm import MemoryUse
 
@@ -39,36 +40,60 @@ def evaluate(
     `moment` (environment frames) picks the seed. Every slot plays the same number of episodes, so
     that short ones are not counted more often than long ones.
     """
-    num = min(episodes, SLOTS * config.env.num)
-    seed = np.random.SeedSequence([config.seed, 1, moment]).generate_state(1)[0]
-    envs = make_envs(config.env, num, int(seed))
-    generator = torch.Generator(device_of(config)).manual_seed(int(seed))
-    metrics: dict[str, float] = {}
-    try:
+    return evaluate_all([config], [agent], contexts, moment, episodes, use)[0]
+
+
+def evaluate_all(
+    configs: Sequence[Config],
+    agents: Sequence[Dreamer],
+    contexts: Sequence[str],
+    moment: int = 0,
+    episodes: int = 32,
+    use: MemoryUse = "write",
+    act: Callable[[Sequence[Driver]], list[Step]] = lambda drivers: [d.step() for d in drivers],
+) -> list[dict[str, float]]:
+    """`evaluate` of several agents, each in environments of its own; `act` steps all of them."""
+    num = min(episodes, SLOTS * configs[0].env.num)
+    seeds = [np.random.SeedSequence([c.seed, 1, moment]).generate_state(1)[0] for c in configs]
+    metrics: list[dict[str, float]] = [{} for _ in configs]
+    with ExitStack() as stack:
+        envs = [make_envs(c.env, num, int(s)) for c, s in zip(configs, seeds, strict=True)]
+        for one in envs:
+            stack.callback(one.close)
+        generators = [
+            torch.Generator(device_of(c)).manual_seed(int(s))
+            for c, s in zip(configs, seeds, strict=True)
+        ]
         for context in contexts:
-            driver = Driver(agent, envs, generator, use)
-            driver.reset(None if context == DEFAULT else context)
-            returns = _play(driver, num, -(-episodes // num))
-            mean = float(np.mean(returns))
-            metrics[f"eval/{context}/return"] = mean
-            if envs.cap:
-                metrics[f"eval/{context}/score"] = mean / envs.cap
-    finally:
-        envs.close()
+            parts = zip(agents, envs, generators, strict=True)
+            drivers = [Driver(*part, use) for part in parts]
+            for driver in drivers:
+                driver.reset(None if context == DEFAULT else context)
+            played = _play(drivers, num, -(-episodes // num), act)
+            for found, one, returns in zip(metrics, envs, played, strict=True):
+                mean = float(np.mean(returns))
+                found[f"eval/{context}/return"] = mean
+                if one.cap:
+                    found[f"eval/{context}/score"] = mean / one.cap
     return metrics
 
 
-def _play(driver: Driver, num: int, each: int) -> list[float]:
-    """Returns of the first `each` episodes of every slot."""
-    left = np.full(num, each)
-    returns: list[float] = []
+def _play(
+    drivers: Sequence[Driver],
+    num: int,
+    each: int,
+    act: Callable[[Sequence[Driver]], list[Step]],
+) -> list[list[float]]:
+    """Returns of the first `each` episodes of every slot, for every driver."""
+    left = np.full((len(drivers), num), each)
+    returns: list[list[float]] = [[] for _ in drivers]
     while left.any():
-        step = driver.step()
-        ended = np.flatnonzero(step.row.last)
-        for slot, value in zip(ended, step.returns, strict=True):
-            if left[slot]:
-                left[slot] -= 1
-                returns.append(value)
+        for i, step in enumerate(act(drivers)):
+            ended = np.flatnonzero(step.row.last)
+            for slot, value in zip(ended, step.returns, strict=True):
+                if left[i, slot]:
+                    left[i, slot] -= 1
+                    returns[i].append(value)
     return returns
 
 

@@ -46,7 +46,7 @@ class Progress:
         """Take in new metrics; a plain line at most every ten seconds."""
         for name, value in metrics.items():
             if name.startswith("eval/") and name.endswith("/return"):
-                self._parts[name] = f"{name.split('/')[1]} {value:.1f}"
+                self._parts[name] = f"{name.split('/')[1]} {brief(value)}"
         if "time/updates_per_s" in metrics:
             self._parts["speed"] = f"{metrics['time/updates_per_s']:.0f} updates/s"
         text = "  ".join(self._parts.values())
@@ -55,3 +55,8 @@ class Progress:
         elif time.monotonic() - self._shown > PAUSE:
             self._shown = time.monotonic()
             print(f"{frame:>8}/{self._total} frames  {text}", file=sys.stderr, flush=True)
+
+
+def brief(value: float) -> str:
+    """A number in about four digits: 1,203.1 or 0.955."""
+    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3f}"

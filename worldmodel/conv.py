@@ -112,7 +112,7 @@ class ImageError(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
         predicted = logits.float().sigmoid()
         error = torch.sub(predicted, target, alpha=1 / 255)
-        loss = torch.linalg.vecdot(error.flatten(1), error.flatten(1))
+        loss = torch.linalg.vector_norm(error.flatten(1), dim=1).square()  # never in bfloat16
         ctx.save_for_backward(torch.ops.aten.sigmoid_backward(error, predicted).to(logits.dtype))
         return loss
 

@@ -42,10 +42,10 @@ class TwoHot(nn.Module):
 
     def mean(self, logits: Tensor) -> Tensor:
         """Expected value (...). Bins of opposite sign are paired before the sum: exact at zero."""
-        weighted = logits.softmax(-1) * self.bins
-        middle = weighted.shape[-1] // 2
-        paired = weighted[..., :middle].flip(-1) + weighted[..., middle + 1 :]
-        return paired.sum(-1)
+        probs = logits.softmax(-1)
+        middle = probs.shape[-1] // 2
+        paired = probs[..., middle + 1 :] - probs[..., :middle].flip(-1)
+        return torch.mv(paired.flatten(0, -2), self.bins[middle + 1 :]).view(paired.shape[:-1])
 
     def loss(self, logits: Tensor, *targets: Tensor, weights: Sequence[float] = (1.0,)) -> Tensor:
         """Cross-entropy (...) of the two-hot encodings of targets (...), summed with weights."""

@@ -64,7 +64,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if weight.ndim == 2:
         return F.linear(x, weight.t(), bias)
     rows = x.reshape(len(weight), -1, x.shape[-1])
-    return torch.baddbmm(bias.unsqueeze(1), rows, weight).view(*x.shape[:-1], -1)
+    return torch.bmm(rows, weight).add_(bias.unsqueeze(1)).view(*x.shape[:-1], -1)
 
 
 def addmm(add: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def addmm(add: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return torch.addmm(add, x, weight)
     groups, _, n_out = weight.shape
     rows = x.view(groups, -1, x.shape[-1])
-    return torch.baddbmm(add.view(groups, -1, n_out), rows, weight).view(-1, n_out)
+    return torch.bmm(rows, weight).add_(add.view(groups, -1, n_out)).view(-1, n_out)
 
 
 def matmul(x: Tensor, weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Seeds are trained one after another as ordinary runs. A seed whose finished run, of the very same
 configuration, is already there is taken as it is, and one that was stopped goes on; so the command
 can be repeated, or split over processes with --first, and draws in the end what all of them gave.
+With --together small agents are trained side by side in one program, which takes less time.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import numpy as np
 
 from experiments.benchmarks.statistics import bootstrap
 from experiments.config import Config, ConfigError, load_config
+from experiments.progress import brief
 from experiments.record import Run, RunError, runs
 from experiments.record.curves import INK, PALETTE, series
 from experiments.record.metrics import read
@@ -100,8 +102,8 @@ def table(curves: Mapping[str, Sequence[Curve]], threshold: float | None) -> str
         finals = np.array([curve.final for curve in found])
         mean = bootstrap(finals, np.random.default_rng(0))
         lines.append(
-            f"mean of the last {LAST} evaluations over {plural(len(found))}: {mean.value:.1f} "
-            f"[{mean.low:.1f}, {mean.high:.1f}]"
+            f"mean of the last {LAST} evaluations over {plural(len(found))}: {brief(mean.value)} "
+            f"[{brief(mean.low)}, {brief(mean.high)}]"
         )
         frames, values = mean_curve(found)
         if threshold is not None:
@@ -113,7 +115,8 @@ def table(curves: Mapping[str, Sequence[Curve]], threshold: float | None) -> str
 
 def line(curve: Curve, threshold: float | None) -> str:
     """A seed's row of the table."""
-    text = f"{curve.seed:6}{curve.returns[-1]:10.1f}{curve.final:10.1f}{curve.returns.max():10.1f}"
+    scores = (curve.returns[-1], curve.final, curve.returns.max())
+    text = f"{curve.seed:6}" + "".join(f"{brief(score):>10}" for score in scores)
     if threshold is not None:
         frames = reached(curve, threshold)
         text += f"{'-' if frames is None else f'{frames:,.0f}':>18}"
@@ -156,6 +159,15 @@ def draw(
         figure.savefig(path, dpi=110, facecolor="white")
 
 
+def train_missing(configs: Sequence[Config]) -> None:
+    """Train the seeds that have no run yet side by side, in one program."""
+    from experiments.together import train_together
+
+    missing = [c for c in configs if not any(is_of(s.path, c) for s in runs(Path(c.tracking.root)))]
+    if len(missing) > 1:
+        train_together(missing)
+
+
 def collect(configs: Sequence[Config]) -> dict[str, list[Curve]]:
     """Train what is missing, one seed after another; curves by context, in the order of seeds."""
     by_context: dict[str, list[Curve]] = {}
@@ -184,6 +196,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5, help="how many (default 5)")
     parser.add_argument("--first", type=int, default=0, help="the first seed (default 0)")
     parser.add_argument("--threshold", type=float, help="a return to reach, drawn as a line")
+    parser.add_argument(
+        "--together", action="store_true", help="train the seeds side by side, in one program"
+    )
     parser.add_argument("--root", default="runs/learning", help="folder of the runs")
     parser.add_argument("--out", type=Path, help="the picture (default ROOT/PRESET.png)")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="fields to change")
@@ -194,6 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = range(asked.first, asked.first + asked.seeds)
     configs = [load_config(asked.preset, [f"seed={seed}", *common]) for seed in seeds]
     check_env(configs[0])
+    if asked.together:
+        train_missing(configs)
     curves = collect(configs)
     out = asked.out or Path(asked.root) / f"{Path(asked.preset).stem}.png"
     draw(curves, configs[0].env.id, asked.threshold, out)

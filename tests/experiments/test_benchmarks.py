@@ -161,9 +161,9 @@ def test_the_table_says_what_the_curves_hold():
     curves = [curve(0, [0, 10, 20, 30], [1, 5, 9, 7]), curve(1, [0, 10, 30], [3, 3, 3])]
     text = learning.table({"default": curves}, 8.0)
     _, first, second, mean, reaches = text.splitlines()
-    assert first.split() == ["0", "7.0", "7.0", "9.0", "20", "7"]
-    assert second.split() == ["1", "3.0", "3.0", "3.0", "-", "7"]
-    assert mean.startswith("mean of the last 3 evaluations over 2 seeds: 5.0 [3.0, 7.0]")
+    assert first.split() == ["0", "7.000", "7.000", "9.000", "20", "7"]
+    assert second.split() == ["1", "3.000", "3.000", "3.000", "-", "7"]
+    assert mean.startswith("mean of the last 3 evaluations over 2 seeds: 5.000 [3.000, 7.000]")
     assert reaches.endswith("reaches 8 never")
     frames, values = learning.mean_curve(curves)
     assert frames.tolist() == [0, 10, 30]

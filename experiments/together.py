@@ -1,0 +1,122 @@
+"""Several small runs in one program: each is a run of its own; all learn in the same operations.
+
+The loop is that of train.py with a plural. Runs may differ in seed, schedule and whatever else does
+not change the shape of an agent or the number of updates; each has its own folder, metrics and
+checkpoints, and learns what it would have learned alone, to rounding.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+
+import numpy as np
+
+from agents.group import Group, join_rows, split_rows
+from experiments.build import slow_critic
+from experiments.config import Config, ConfigError
+from experiments.config.errors import shown
+from experiments.driver import Driver, Step, pack, replayed_batch, unpack
+from experiments.evaluate import contexts_of, evaluate_all
+from experiments.loop import Loop
+from experiments.progress import Progress
+
+SAME = (
+    "frames", "device", "precision", "threads", "env", "model", "agent", "replay.batch",
+    "replay.length", "train", "evaluate", "log",
+)  # fmt: skip
+
+
+def train_together(configs: Sequence[Config]) -> list[Path]:
+    """Train runs of one shape side by side; returns their folders.
+
+    Raises ConfigError where they cannot run in step.
+    """
+    check(configs)
+    loops = [Loop.start(config) for config in configs]
+    lead, group = loops[0], Group([loop.agent for loop in loops])
+    with Progress(lead.run.path, lead.config) as progress, ExitStack() as stack:
+        for loop in loops:
+            stack.enter_context(loop)
+        while not lead.done:
+            for loop in loops:
+                loop.enter_phase()
+            for loop, step in zip(loops, act(group, loops), strict=True):
+                loop.replay.add(step.row, lambda carry=step.carry: pack(carry))
+                loop.count(step)
+            measure = lead.due(lead.config.log.every)
+            for _ in range(max([loop.updates_due() for loop in loops])):
+                learn(group, loops, measure)
+            if measure:
+                logged = [loop.log() for loop in loops]
+                progress.show(lead.frame, logged[0])
+            if lead.due(lead.config.evaluate.every) or lead.done:
+                progress.show(lead.frame, evaluate(group, loops)[0])
+            for loop in loops:
+                if loop.due(loop.config.checkpoint.every) or loop.done:
+                    loop.save()
+    return [loop.run.path for loop in loops]
+
+
+def act(group: Group, loops: Sequence[Loop]) -> list[Step]:
+    """One step in the environments of every run."""
+    randoms = [loop.random if loop.prefilling else None for loop in loops]
+    return step_together(group, [loop.driver for loop in loops], randoms)
+
+
+def step_together(
+    group: Group,
+    drivers: Sequence[Driver],
+    randoms: Sequence[np.random.Generator | None] = (),
+) -> list[Step]:
+    """`Driver.step` of every agent's driver, with one forward pass."""
+    rows, carry = join_rows([d.batch() for d in drivers]), join_rows([d.carry for d in drivers])
+    generators = tuple(driver.generator for driver in drivers)
+    action, after = group.act(carry, rows, generators, drivers[0].use)
+    parts = zip(action.chunk(len(group)), split_rows(after, len(group)), strict=True)
+    each = zip(drivers, parts, randoms or [None] * len(drivers), strict=True)
+    return [driver.take(*part, random) for driver, part, random in each]
+
+
+def learn(group: Group, loops: Sequence[Loop], measure: bool = False) -> None:
+    """One update of every run: one backward pass, and a tick of each run's own levels."""
+    device = loops[0].device
+    samples = [loop.replay.sample(loop.config.replay.batch) for loop in loops]
+    batch = join_rows([replayed_batch(arrays, device) for arrays, _ in samples])
+    initial = loops[0].agent.initial(loops[0].config.replay.batch)
+    carry = join_rows([unpack(packed, initial) for _, packed in samples])
+    slow = [slow_critic(loop.timescales) for loop in loops]
+    total, outcome = group.losses(batch, carry, slow, tuple(loop.generator for loop in loops))
+    total.backward()
+    for loop, part in zip(loops, group.split(outcome), strict=True):
+        loop.timescales.tick("update", measure=measure)
+        loop.gather(part)
+
+
+def evaluate(group: Group, loops: Sequence[Loop]) -> list[dict[str, float]]:
+    """Report the returns of every run in every context."""
+    configs, lead = [loop.config for loop in loops], loops[0]
+    metrics = evaluate_all(
+        configs, group.agents, contexts_of(lead.config), lead.frame,
+        lead.config.evaluate.episodes, act=lambda drivers: step_together(group, drivers),
+    )  # fmt: skip
+    for loop, found in zip(loops, metrics, strict=True):
+        loop.run.log(loop.frame, found)
+    return metrics
+
+
+def check(configs: Sequence[Config]) -> None:
+    """Raises ConfigError unless all that shapes an agent or counts its updates is the same."""
+    trees = [config.tree() for config in configs]
+    for tree in trees[1:]:
+        for path in SAME:
+            one, other = (reduce(getitem, path.split("."), t) for t in (trees[0], tree))
+            if one != other:
+                problem = f"runs side by side need one value, and another has {shown(one)}"
+                raise ConfigError(path, other, problem, "train them one by one")
+    if configs[0].model.memory.kind != "none" or configs[0].env.pixels:
+        raise ConfigError(
+            "model.memory" if not configs[0].env.pixels else "env.pixels", ...,
+            "runs side by side have vectors to see and no fast weights", "train them one by one",
+        )  # fmt: skip
