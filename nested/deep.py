@@ -204,7 +204,7 @@ class NeuralMemory(DeepMemory):
         rate: float | None = None,
     ):
         start = inner.features(dim, hidden, heads)
-        rate = 2.0 / (hidden * chunk) if rate is None else rate
+        rate = 2.0 / (hidden * max(chunk, 1)) if rate is None else rate
         end = Residual() if residual else Bare()
         super().__init__(dim_in, dim_out, start, rate, momentum, forget, chunk, end)
 

@@ -41,6 +41,9 @@ MEMORIES: dict[str, Callable[[int, int], Any]] = {
     ),
 }
 
+# those whose hundred updates take more than a second or two
+SLOW = {"neural, chunks", "ttt linear", "ttt mlp", "rls", "continuum", "hope"}
+
 
 def memory(name: str, dim_in: int = 5, dim_out: int = 4, dtype: torch.dtype = torch.float32) -> Any:
     """The member of that name, its slow parameters moved off any special values."""

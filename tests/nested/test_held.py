@@ -91,18 +91,19 @@ def test_rounding_is_fair():
 def test_a_thousand_small_writes_survive_in_bfloat16(name: str):
     """Each write is below half a unit in the last place: to nearest, all would be lost."""
     memory = MEMBERS[name]().float()
+    users = 2
     with torch.no_grad():
         if name != "neural":  # whose displacements begin at zero and grow until writes are small
             memory.start += 1
         bias = memory.into.bias.view(memory.heads, -1)
         bias[:, 24:25], bias[:, 25:] = -9.0, 14.0
-    exact = memory.hold(memory.initial(USERS))
-    rounded = memory.hold(memory.initial(USERS), torch.bfloat16)
-    nearest = memory.hold(memory.initial(USERS))
+    exact = memory.hold(memory.initial(users))
+    rounded = memory.hold(memory.initial(users), torch.bfloat16)
+    nearest = memory.hold(memory.initial(users))
     generator, first = torch.Generator().manual_seed(0), memory.settle(exact)
-    target = torch.randn(USERS, 5)
+    target = torch.randn(users, 5)
     for _ in range(1000):
-        x = target + 0.3 * torch.randn(USERS, 5)
+        x = target + 0.3 * torch.randn(users, 5)
         memory.step_(x, exact)
         memory.step_(x, rounded, generator=generator)
         memory.step_(x, nearest)

@@ -189,7 +189,10 @@ def test_vmap_over_users_is_the_batch(name: str):
     assert_close(mapped, memory(xs[:, 3], state, resets[:, 0]), 1e-6)
 
 
-@every_memory
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in zoo.SLOW else []) for n in zoo.MEMORIES],
+)
 def test_learns_to_recall(name: str):
     """Three pairs, then their keys alone: what was stored is the only way to a low loss."""
     memory = zoo.MEMORIES[name](8 + 4, 4)
