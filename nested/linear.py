@@ -64,13 +64,14 @@ def step(z: Tensor, weights: Tensor, start: Tensor, reset: Tensor | None, erase:
     stays. Gives read (B, H, D), weights, and error (B, H, D): value minus recalled, no gradient.
     """
     # a compiler fuses by itself; vmap and grad of torch.func take no node written by hand
-    if torch.compiler.is_compiling() or _transformed(z) or _transformed(weights):
+    if torch.compiler.is_compiling() or transformed(z) or transformed(weights):
         return plain(z, weights, start, reset, erase)
     result: Result = Fused.apply(z, weights, start, reset, erase)
     return result
 
 
-def _transformed(x: Tensor) -> bool:
+def transformed(x: Tensor) -> bool:
+    """Whether vmap or grad of torch.func is at work on x."""
     return torch.func.debug_unwrap(x, recurse=False) is not x
 
 
