@@ -89,7 +89,8 @@ class DeepMemory(Associative):
         read, *weights, error = Step.apply(
             z, *state.weights, *self.start, reset, self.rate, residual
         )
-        return read, DeepState(tuple(weights), (), (), state.phase, error)
+        phase = state.phase if reset is None else state.phase.masked_fill(reset, 0)
+        return read, DeepState(tuple(weights), (), (), phase, error)
 
     def plain(self, z: Tensor, state: DeepState, reset: Tensor | None) -> tuple[Tensor, DeepState]:
         """`learn` as the papers write it."""
