@@ -103,10 +103,10 @@ class ContinuumMemory(Associative):
             if chunk == 1:
                 moved, left = new, ()
             else:
-                due = (phase % chunk == 0)[:, None, None, None]
+                due = (phase % chunk == 0).to(error.dtype)[:, None, None, None]
                 pairs = zip(state.weights[i], new, strict=True)
-                moved = tuple(torch.where(due, w + g, w) for w, g in pairs)
-                left = tuple(torch.where(due, 0.0, g) for g in new)
+                moved = tuple(torch.addcmul(w, due, g) for w, g in pairs)
+                left = tuple(g * (1 - due) for g in new)
             weights.append(moved)
             gathered.append(left)
             q = q + inner.through(flat(moved), q).outputs[-1]

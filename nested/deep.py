@@ -18,11 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nested import held, inner, linear
+from nested import held, inner, linear, network
 from nested.base import Associative
 from nested.held import Held
 from nested.inner import Bare, End, NormedResidual, Residual, Weights, flat, unflat
-from nested.network import Step
 
 
 class DeepState(NamedTuple):
@@ -86,11 +85,10 @@ class DeepMemory(Associative):
         if not by_hand or any(linear.transformed(x) for x in (z, *state.weights)):
             return self.plain(z, state, reset)
         residual = int(isinstance(self.end, Residual))
-        read, *weights, error = Step.apply(
-            z, *state.weights, *self.start, reset, self.rate, residual
-        )
+        given = state.weights, tuple(self.start), reset, self.rate, residual
+        read, first, second, error = network.step(z, *given)
         phase = state.phase if reset is None else state.phase.masked_fill(reset, 0)
-        return read, DeepState(tuple(weights), (), (), phase, error)
+        return read, DeepState((first, second), (), (), phase, error)
 
     def plain(self, z: Tensor, state: DeepState, reset: Tensor | None) -> tuple[Tensor, DeepState]:
         """`learn` as the papers write it."""

@@ -17,6 +17,7 @@ weights it began with. The paper's short convolution is left out: x comes from a
 Shapes: B users, H heads, D width of a head, E hidden width; N = B * H, M = 5 networks.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -151,14 +152,21 @@ class HopeState(NamedTuple):
 class HopeBlock(nn.Module):
     """Self-modifying memory, then a continuum memory on what it answers (2512.24695)."""
 
-    def __init__(self, memory: SelfModifyingMemory, chain: ContinuumMemory):
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        dim: int = 32,
+        hidden: int = 64,
+        heads: int = 1,
+        chunk: int = 1,
+        chunks: Sequence[int] = (1, 4, 16),
+        forget: float = 0.02,
+    ):
         super().__init__()
-        if memory.out.out_features != chain.into.in_features:
-            raise ValueError(
-                f"the memory answers {memory.out.out_features} numbers, the chain takes "
-                f"{chain.into.in_features}: they must be equal"
-            )
-        self.memory, self.chain = memory, chain
+        width = heads * dim
+        self.memory = SelfModifyingMemory(dim_in, width, dim, hidden, heads, chunk, forget)
+        self.chain = ContinuumMemory(width, dim_out, dim, hidden, heads, chunks)
 
     def initial(self, batch: int) -> HopeState:
         """The state of `batch` users that have written nothing."""

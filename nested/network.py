@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nested import linear
+from nested.inner import Weights
 
 # autograd.Function carries no types
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -106,6 +107,14 @@ class Step(torch.autograd.Function):
         else:
             g_w1, g_w2 = (g.view(s) for g, s in zip((g_a1, g_a2), shapes, strict=True))
         return g_z, g_w1, g_w2, g_s1, g_s2, None, None, None
+
+
+def step(
+    z: Tensor, weights: Weights, start: Weights, reset: Tensor | None, rate: float, residual: int
+) -> Result:
+    """`Step` of weights and start, two layers each: read (B, H, D), the layers, error (B, H, D)."""
+    result: Result = Step.apply(z, *weights, *start, reset, rate, residual)
+    return result
 
 
 def _back(

@@ -17,7 +17,6 @@ from nested import (
     HopeBlock,
     NeuralMemory,
     RLSMemory,
-    SelfModifyingMemory,
     TTTLinear,
 )
 
@@ -36,8 +35,7 @@ MEMORIES: dict[str, Callable[[int, int], Any]] = {
         dim_in, dim_out, dim=8, hidden=12, chunks=(1, 2, 6)
     ),
     "hope": lambda dim_in, dim_out: HopeBlock(
-        SelfModifyingMemory(dim_in, 6, dim=6, hidden=8, chunk=2),
-        ContinuumMemory(6, dim_out, dim=6, hidden=8, chunks=(1, 3)),
+        dim_in, dim_out, dim=6, hidden=8, chunk=2, chunks=(1, 3)
     ),
 }
 

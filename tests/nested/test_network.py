@@ -37,5 +37,5 @@ def test_the_node_is_its_twin(options: dict[str, Any], resetting: bool):
 
 
 def test_what_the_node_does_not_know_takes_the_readable_way():
-    for options in ({"momentum": 0.5}, {"chunk": 2}):
-        assert not NeuralMemory(5, 4, **options).lean
+    assert not NeuralMemory(5, 4, momentum=0.5).lean
+    assert not NeuralMemory(5, 4, chunk=2).lean
