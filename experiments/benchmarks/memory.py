@@ -26,6 +26,7 @@ from experiments.config import ConfigError
 from nested import DeltaMemory, GatedDeltaMemory, NeuralMemory, fast, held
 
 WIDTH, HIDDEN = 64, 128
+PEER_USERS = 1024  # the peer needs seconds a step there, and more users more than the memory
 PEER = Path(__file__).parent / "peers" / "titans_memory.py"
 
 
@@ -183,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = {str(n): measure(n, asked.rounds, kernel) for n in asked.users}
     result: dict[str, Any] = {"rounds": asked.rounds, "threads": asked.threads, "users": found}
     if asked.peer_python:
-        result["peer"] = peer(asked.peer_python, asked.users, asked.threads)
+        counts = [n for n in asked.users if n <= PEER_USERS]
+        result["peer"] = peer(asked.peer_python, counts, asked.threads)
     print(json.dumps(result, indent=2) if asked.json else text(result))
     return 0
 
