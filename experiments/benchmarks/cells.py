@@ -2,8 +2,8 @@
 
 A folder appears whole or not at all, so a suite that is killed goes on with the cell it was in and
 repeats none that is done. A folder's name holds a digest of all that the result depends on: other
-options are other cells. Any kind of stream fits whose result has scores R; who computes it is
-handed in.
+options are other cells. Any kind of stream fits whose result has scores R: a `Family` says who runs
+its cells.
 """
 
 import csv
@@ -51,6 +51,15 @@ Tell = Callable[[float], None]  # hears the share of a cell that is done
 Run = Callable[[Cell, Tell], Result]
 
 
+class Family(NamedTuple):
+    """Streams of one kind: what can be run on them, and by whom."""
+
+    methods: Mapping[str, str]  # a line about each
+    fields: Mapping[str, Any]  # the options of a cell, with their defaults; JSON values
+    check: Callable[[Cell], None]  # raises ConfigError for a cell that cannot run
+    run: Run
+
+
 def described(cell: Cell) -> dict[str, Any]:
     """A cell as JSON values."""
     return {**cell._asdict(), "seeds": list(cell.seeds), "options": dict(cell.options)}
@@ -58,7 +67,7 @@ def described(cell: Cell) -> dict[str, Any]:
 
 def run_cells(
     cells: Iterable[Cell],
-    run: Run,
+    families: Mapping[str, Family],
     folder: Path,
     show: Callable[[Cell, float, Result | None], None] = lambda cell, share, result: None,
 ) -> dict[str, Result]:
@@ -68,6 +77,7 @@ def run_cells(
         path = folder / cell.key
         if not path.exists():
             show(cell, 0.0, None)
+            run = families[cell.stream].run
             save(path, cell, run(cell, lambda share, cell=cell: show(cell, share, None)))
         found[cell.key] = load(path)
         show(cell, 1.0, found[cell.key])
@@ -85,7 +95,11 @@ def save(path: Path, cell: Cell, result: Result) -> None:
             write_rows(file, rows(cell, result))
         text = json.dumps({**described(cell), "info": result.info}, indent=2)
         (half / "cell.json").write_text(text, encoding="utf-8")
-        half.rename(path)
+        try:
+            half.rename(path)
+        except OSError:
+            if not path.is_dir():  # else another process ran the same cell and was faster
+                raise
     finally:
         shutil.rmtree(half, ignore_errors=True)
 

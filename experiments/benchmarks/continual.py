@@ -2,8 +2,8 @@
 
 Streams of tasks, methods and controls, several seeds: R after every task, forgetting, transfer,
 plasticity and cost, with intervals; comparisons are paired by seed. A suite that is killed goes on
-where it was, and a repeated command only draws anew. Results: OUT/results.csv in long format,
-R.npz, summary.json and the page continual.png.
+where it was, and a repeated command only draws anew. In OUT: results.csv in long format, R.npz,
+summary.json, and a page for each stream.
 """
 
 import argparse
@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from experiments.benchmarks import metrics, plasticity, statistics, supervised
-from experiments.benchmarks.baselines import METHODS, RULES
+from experiments.benchmarks import metrics, plasticity, statistics
+from experiments.benchmarks.baselines import METHODS
 from experiments.benchmarks.board import Board, table
-from experiments.benchmarks.cells import Cell, Result, Run, Tell, collect, run_cells
-from experiments.benchmarks.streams import NAMES, check_stream, make_stream
+from experiments.benchmarks.cells import Cell, Family, Result, collect, run_cells
+from experiments.benchmarks.streams import NAMES
+from experiments.benchmarks.supervised_cells import SUPERVISED
 from experiments.config import ConfigError, nearest
 
 REFERENCE = "fresh"  # the method that is the reference of transfer and of fresh_gap
@@ -31,30 +32,34 @@ PAIRED = ("AP_final", "ALA", "F", "online", "auc")
 
 
 class Plan(NamedTuple):
-    """Methods on one stream: how many tasks, rows a task and seeds, and the settings changed."""
+    """Methods on one stream, for so many seeds; `changes` to its family's fields."""
 
     stream: str
     methods: tuple[str, ...]
-    tasks: int
-    samples: int
     seeds: int
-    settings: Mapping[str, Any]
+    changes: Mapping[str, Any]
 
+
+# Who runs the cells of a stream. Other kinds of streams add themselves here and to TIERS.
+FAMILIES: dict[str, Family] = dict.fromkeys(NAMES, SUPERVISED)
 
 DEEP = tuple(name for name in METHODS if name != "k2")
 SHALLOW = ("plain", "k2", "l2_init", "shrink_perturb", "redo", "cbp", "hare_tortoise", "fresh")
-ONE_LAYER = {"hidden": (5,), "batch": 1, "lr": 0.01, "redo_every": 500}
+ONE_LAYER = {"hidden": [5], "batch": 1, "lr": 0.01, "redo_every": 500}
 TIERS = {
     "smoke": (
-        Plan("cl/PermutedDigits-v0", DEEP, 4, 1500, 5, {}),
-        Plan("cl/SlowRegression-v0", ("plain", "k2", "fresh"), 4, 1000, 8, ONE_LAYER),
+        Plan("cl/PermutedDigits-v0", DEEP, 5, {"tasks": 4}),
+        Plan(
+            "cl/SlowRegression-v0", ("plain", "k2", "fresh"), 8,
+            {"tasks": 4, "samples": 1000, **ONE_LAYER},
+        ),
     ),
     "laptop": (
-        Plan("cl/PermutedDigits-v0", DEEP, 10, 3000, 20, {}),
-        Plan("cl/MNIST5k-v0", DEEP, 10, 4000, 20, {"lr": 0.05}),
-        Plan("cl/SlowRegression-v0", SHALLOW, 20, 2000, 30, ONE_LAYER),
+        Plan("cl/PermutedDigits-v0", DEEP, 20, {"samples": 3000}),
+        Plan("cl/MNIST5k-v0", DEEP, 20, {"samples": 4000, "lr": 0.05}),
+        Plan("cl/SlowRegression-v0", SHALLOW, 30, {"tasks": 20, "samples": 2000, **ONE_LAYER}),
     ),
-}
+}  # fmt: skip
 # What a tier must show, or the command fails: stream, method, metric, more than.
 GATES = {
     "smoke": (
@@ -63,47 +68,6 @@ GATES = {
     ),
     "laptop": (("cl/PermutedDigits-v0", "plain", "ALA", 0.6),),
 }
-
-
-# ---- cells of supervised streams ---------------------------------------------------------------
-def cell_of(plan: Plan, method: str) -> Cell:
-    """The cell of one method of a plan."""
-    settings = supervised.Settings()._replace(**plan.settings)._asdict()
-    options = {"tasks": plan.tasks, "samples": plan.samples, **settings}
-    options["hidden"] = list(options["hidden"])
-    return Cell(plan.stream, method, tuple(range(plan.seeds)), options)
-
-
-def run_supervised(cell: Cell, tell: Tell) -> Result:
-    """Learn a supervised stream with all seeds of the cell in one program."""
-    options = dict(cell.options)
-    tasks, samples = options.pop("tasks"), options.pop("samples")
-    settings = supervised.Settings(**{**options, "hidden": tuple(options["hidden"])})
-    method = METHODS[cell.method]
-    stream = make_stream(cell.stream, cell.seeds, tasks, samples, method.oracle)
-    learned = supervised.learn(stream, method, settings, tell)
-    by_task = {
-        "online": learned.online.mean(-1),
-        "auc": metrics.auc(learned.times, learned.curves),
-        **{name: values.astype(np.float64) for name, values in learned.symptoms.items()},
-    }
-    interactions = len(cell.seeds) * tasks * samples
-    info = {
-        "core_seconds": learned.seconds,
-        "core_us_per_interaction": 1e6 * learned.seconds / interactions,
-        "flops_per_interaction": supervised.flops(stream, method, settings),
-        "levels": learned.levels,
-    }
-    arrays = {"curves": learned.curves, "times": learned.times, "online": learned.online}
-    return Result(learned.scores, by_task, arrays, info)
-
-
-FAMILIES: dict[str, Run] = dict.fromkeys(NAMES, run_supervised)  # who runs the cells of a stream
-
-
-def run_cell(cell: Cell, tell: Tell) -> Result:
-    """Run a cell of any stream."""
-    return FAMILIES[cell.stream](cell, tell)
 
 
 # ---- what came out -----------------------------------------------------------------------------
@@ -199,69 +163,45 @@ def failures(tier: str, cells: Iterable[Cell], results: Mapping[str, Result]) ->
 
 
 # ---- the command -------------------------------------------------------------------------------
-def plans_of(asked: argparse.Namespace) -> list[Plan]:
-    """The tier's plans with what the command line changes. Raises ConfigError."""
-    changes = dict(_change(word) for word in asked.changes)
-    listed = [plan.stream for plan in TIERS[asked.tier]]
+def cells_of(asked: argparse.Namespace) -> list[Cell]:
+    """The tier's cells with what the command line changes, all of them able to run."""
+    plans = TIERS[asked.tier]
+    listed = [plan.stream for plan in plans]
     streams = named(asked.streams, listed, "--streams") or listed
-    methods = named(asked.methods, METHODS, "--methods")
+    plans = [plan for plan in plans if plan.stream in streams]
+    families = [FAMILIES[plan.stream] for plan in plans]
+    methods = named(asked.methods, {name: "" for f in families for name in f.methods}, "--methods")
+    fields = {name: default for family in families for name, default in family.fields.items()}
+    changes = dict(change(word, fields) for word in asked.changes)
     if asked.seeds is not None and asked.seeds < 1:
         raise ConfigError("--seeds", asked.seeds, "nothing to run", "give 1 or more")
-    plans = []
-    for plan in TIERS[asked.tier]:
-        if plan.stream not in streams:
-            continue
-        if methods:
-            plan = plan._replace(methods=methods)
-        if asked.seeds is not None:
-            plan = plan._replace(seeds=asked.seeds)
-        own = {name: changes[name] for name in ("tasks", "samples") if name in changes}
-        rest = {name: value for name, value in changes.items() if name not in own}
-        plan = plan._replace(settings={**plan.settings, **rest}, **own)
-        _check(plan)
-        plans.append(plan)
-    return plans
+    cells = []
+    for plan, family in zip(plans, families, strict=True):
+        own = {name: value for name, value in changes.items() if name in family.fields}
+        options = {**family.fields, **plan.changes, **own}
+        seeds = tuple(range(plan.seeds if asked.seeds is None else asked.seeds))
+        kept = [name for name in methods if name in family.methods] if methods else plan.methods
+        cells += [Cell(plan.stream, name, seeds, options) for name in kept]
+    for cell in cells:
+        FAMILIES[cell.stream].check(cell)
+    return cells
 
 
-def _check(plan: Plan) -> None:
-    check_stream(plan.stream)
-    settings = supervised.Settings()._replace(**plan.settings)
-    if settings.rule not in RULES:
-        raise ConfigError("rule", settings.rule, "no such rule", f"one of: {', '.join(RULES)}")
-    for name in plan.methods:
-        if name in ("k2", "k3", "k3_rates", "k5") and len(settings.hidden) + 1 < int(name[1]):
-            raise ConfigError(
-                "--methods", name, f"{plan.stream} is learned by {len(settings.hidden) + 1} layers",
-                "name other --streams, or a k that the layers fill",
-            )  # fmt: skip
-    if plan.samples < settings.batch * settings.evaluations or plan.tasks < 2:
-        raise ConfigError(
-            "samples", plan.samples, "too few to evaluate as a task is learned, or one task only",
-            f"at least 2 tasks, and {settings.batch * settings.evaluations} samples of each",
-        )  # fmt: skip
-
-
-def _change(word: str) -> tuple[str, Any]:
-    """`field=value` as the field's own type."""
+def change(word: str, fields: Mapping[str, Any]) -> tuple[str, Any]:
+    """`field=value` as the field's own type; `a,b` for a list. Raises ConfigError."""
     field, _, text = word.partition("=")
-    fields: dict[str, Any] = {"tasks": 1, "samples": 1, **supervised.Settings()._asdict()}
     if field not in fields:
         near = nearest(field, fields)
-        raise ConfigError(
-            field,
-            text,
-            "no such field",
-            f"did you mean {near}?" if near else f"one of: {', '.join(fields)}",
-        )
+        way_out = f"did you mean {near}?" if near else f"one of: {', '.join(fields)}"
+        raise ConfigError(field, text, "no such field", way_out)
+    default = fields[field]
     try:
-        if field == "hidden":
-            return field, tuple(int(part) for part in text.split(","))
-        return field, type(fields[field])(text)
+        if isinstance(default, list):
+            return field, [type(default[0])(part) for part in text.split(",")]
+        return field, type(default)(text)
     except ValueError:
-        kind = type(fields[field]).__name__
-        raise ConfigError(
-            field, text, f"is no {kind}", f"for example {field}={fields[field]}"
-        ) from None
+        kind, example = type(default).__name__, f"for example {field}={default}"
+        raise ConfigError(field, text, f"is no {kind}", example) from None
 
 
 def named(text: str | None, known: Iterable[str], option: str) -> tuple[str, ...]:
@@ -302,10 +242,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     asked = parser().parse_intermixed_args(argv)
     torch.set_num_threads(asked.threads)
-    cells = [cell_of(plan, method) for plan in plans_of(asked) for method in plan.methods]
+    cells = cells_of(asked)
     out = asked.out or Path("runs") / "continual" / asked.tier
     with Board(cells) as board:
-        results = run_cells(cells, run_cell, out / "cells", board.show)
+        results = run_cells(cells, FAMILIES, out / "cells", board.show)
     summary = summarise(cells, results)
     collect(cells, results, out)
     (out / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from experiments.config import ConfigError, nearest
 
-INSTALL = "pip install 'nested-timescales[continual]'"
+INSTALL = "pip install 'nested-timescales[continual]', or name other streams"
 
 
 class Rows(NamedTuple):

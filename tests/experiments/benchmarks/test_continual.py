@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.benchmarks import board, cells, continual, page, supervised
+from experiments.benchmarks import board, cells, continual, page, supervised, supervised_cells
 from experiments.benchmarks.cells import Cell, Result
 from experiments.config import ConfigError
 
@@ -63,16 +63,17 @@ def test_a_killed_suite_goes_on_and_repeats_nothing(tmp_path: Path):
             raise KeyboardInterrupt
         return result()
 
+    families = {"cl/A-v0": cells.Family({}, {}, lambda cell: None, run)}
     with pytest.raises(KeyboardInterrupt):
-        cells.run_cells(plan, run, tmp_path)
+        cells.run_cells(plan, families, tmp_path)
     # a process that was killed while it wrote leaves half a folder, which counts for nothing
     (tmp_path / f".{plan[1].key}.99").mkdir()
-    found = cells.run_cells(plan, run, tmp_path, lambda *told: heard.append(told))
+    found = cells.run_cells(plan, families, tmp_path, lambda *told: heard.append(told))
     assert ran == ["a", "b", "b", "c"]
     assert list(found) == [each.key for each in plan]
     assert [told[1] for told in heard if told[0].method == "a"] == [1.0]  # only found
     assert [told[1] for told in heard if told[0].method == "b"] == [0.0, 0.5, 1.0]
-    cells.run_cells([*plan, cell("a", lr=0.2)], run, tmp_path)
+    cells.run_cells([*plan, cell("a", lr=0.2)], families, tmp_path)
     assert ran == ["a", "b", "b", "c", "a"]  # another option is another cell
 
 
@@ -190,7 +191,8 @@ def test_a_slow_stream_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_p
         (["lrr=1"], "did you mean lr"),
         (["tasks=many"], "is no int"),
         (["rule=muon"], "one of: sgd, adamw"),
-        (["samples=10"], "at least 2 tasks, and 80 samples"),
+        (["samples=10"], "at least 80"),
+        (["tasks=1"], "at least 2 tasks"),
         (["--streams", "cl/SlowRegression-v0", "--methods", "k3"], "learned by 2 layers"),
     ],
 )
@@ -201,11 +203,26 @@ def test_mistakes_name_the_way_out(words: list[str], expected: str):
 
 
 def test_every_field_of_the_settings_can_be_changed():
-    asked = continual.parser().parse_intermixed_args(
-        ["hidden=4,4,4,4", "lr=1e-3", "tasks=3", "batch=4"]
-    )
-    plan = continual.plans_of(asked)[0]
-    assert (plan.tasks, plan.settings["hidden"], plan.settings["lr"]) == (3, (4, 4, 4, 4), 1e-3)
-    options = continual.cell_of(plan, "plain").options
-    assert set(options) == {"tasks", "samples", *supervised.Settings._fields}
-    json.dumps(options)
+    words = ["hidden=4,4,4,4", "lr=1e-3", "tasks=3", "batch=4", "--seeds", "3"]
+    deep, *_, shallow = continual.cells_of(continual.parser().parse_intermixed_args(words))
+    assert (deep.seeds, shallow.seeds) == ((0, 1, 2), (0, 1, 2))
+    found = [deep.options[name] for name in ("hidden", "lr", "tasks", "batch", "samples")]
+    assert found == [[4, 4, 4, 4], 1e-3, 3, 4, 1500]
+    assert set(deep.options) == {"tasks", "samples", *supervised.Settings._fields}
+    assert shallow.options["redo_every"] == 500  # the tier's own, where nothing was changed
+
+
+@pytest.mark.parametrize("tier", continual.TIERS)
+def test_every_cell_of_a_tier_can_run(tier: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(supervised_cells, "check_stream", lambda name: None)  # data apart
+    plan = continual.cells_of(continual.parser().parse_args(["--tier", tier]))
+    assert len({each.key for each in plan}) == len(plan) > 15
+    gated = {(stream, method) for stream, method, *_ in continual.GATES[tier]}
+    assert gated <= {(each.stream, each.method) for each in plan}
+
+
+def test_a_cell_that_two_processes_ran_is_kept_once(tmp_path: Path):
+    cells.save(tmp_path / "one", cell("a"), result())
+    cells.save(tmp_path / "one", cell("a"), result(0.5))
+    assert np.array_equal(cells.load(tmp_path / "one").scores, result().scores)
+    assert len(list(tmp_path.iterdir())) == 1
