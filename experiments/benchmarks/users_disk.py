@@ -5,7 +5,7 @@ disk; it prints a line for each batch that is done, round after round, until it 
 SIGKILL in the middle of a later round. Everyone is then read back: a state must be the one that
 was acknowledged last, or the one in flight, bit for bit. Then bytes of some records are flipped
 and the end of a file is cut off: this must cost those users and no other, and be counted. Prints
-users a second and bytes a user.
+users a second, of the clock and of the processor, and bytes a user.
 """
 
 import argparse
@@ -47,6 +47,15 @@ class Size(NamedTuple):
     shard: int = 65_536
 
 
+class Done(NamedTuple):
+    """A batch of visits that the writer acknowledged; its clocks in seconds."""
+
+    round: int
+    users: int
+    wall: float
+    processor: float
+
+
 def state_of(ids: Tensor, rounds: Tensor, floats: int) -> State:
     """Different for every id, round and place."""
     whole = (ids * 7919 + rounds * 104_729)[:, None] + torch.arange(floats) * 31
@@ -77,69 +86,82 @@ def write(folder: Path, size: Size) -> None:
             state = users.gather(slots)
             users.scatter(slots, state_of(ids, state.round + 1, size.floats))
             users.leave(ids)
-            print(number, len(ids), time.perf_counter(), flush=True)
+            print(number, len(ids), time.perf_counter(), time.process_time(), flush=True)
         store.flush()
 
 
-def killed(folder: Path, size: Size, batch: int) -> dict[str, Any]:
-    """Run `write` and kill it once `batch` batches are done; users done and users a second."""
+def killed(folder: Path, size: Size, batch: int, delay: float) -> dict[str, Any]:
+    """Run `write` and kill it `delay` seconds after `batch` batches: users done, and a second."""
     words = [sys.executable, "-m", "experiments.benchmarks.users_disk", "--write", str(folder)]
     words += [f"--{name}={value}" for name, value in size._asdict().items()]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    rows: list[tuple[int, int, float]] = []
+    rows: list[Done] = []
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            number, users, seconds = line.split()
-            rows.append((int(number), int(users), float(seconds)))
+            number, users, wall, processor = line.split()
+            rows.append(Done(int(number), int(users), float(wall), float(processor)))
             if len(rows) == batch:
+                time.sleep(delay)
                 process.kill()  # lines that it managed to print after this one are read too
     if process.returncode >= 0:
         raise RuntimeError(f"the writer ended by itself, with code {process.returncode}")
-    done = sum(users for _, users, _ in rows)
     speed = {
-        name: _speed([row for row in rows if (row[0] == 0) == first])
+        name: _speed([row for row in rows if (row.round == 0) == first])
         for name, first in (("new", True), ("returning", False))
     }
-    return {"done": done, "users/s": speed}
+    return {"done": sum(row.users for row in rows), "users/s": speed}
 
 
-def _speed(rows: Sequence[tuple[int, int, float]]) -> float:
-    """Users a second between the first and the last of these batches."""
-    if len(rows) < 2:
-        return float("nan")
-    return sum(users for _, users, _ in rows[1:]) / (rows[-1][2] - rows[0][2])
+def _speed(rows: Sequence[Done]) -> dict[str, float]:
+    """Users a second, by clock and by processor, between the first and last of these batches."""
+    users = sum(row.users for row in rows[1:])
+    if not users:
+        return {"wall": float("nan"), "processor": float("nan")}
+    wall, processor = rows[-1].wall - rows[0].wall, rows[-1].processor - rows[0].processor
+    return {"wall": users / wall, "processor": users / processor}
 
 
 # ---- who is still there ------------------------------------------------------------------------
-def differing(folder: Path, size: Size, done: int) -> dict[str, Any]:
-    """Read everyone back: who has not the state of the last round done, or the one in flight."""
+def acknowledged(size: Size, done: int) -> Tensor:
+    """The last round (users,) of each user's visits that was acknowledged, after `done` of all."""
+    return (done - 1 - torch.arange(size.users)).div(size.users, rounding_mode="floor")
+
+
+def differing(
+    folder: Path, size: Size, oldest: Tensor, newest: Tensor
+) -> tuple[dict[str, Any], Tensor]:
+    """Read everyone back: who has not the whole state of one of these rounds (users,).
+
+    Gives what was found, and the round of each user's state.
+    """
+    rounds = torch.full_like(oldest, -1)
     start = time.perf_counter()
     users, store = opened(folder, size)
     opening = time.perf_counter() - start
     wrong: list[int] = []
     new = state_of(torch.zeros(1).long(), torch.full((1,), -1), size.floats)
-    start = time.perf_counter()
+    clocks = time.perf_counter(), time.process_time()
     for ids in batches(size):
         state = users.gather(users.enter(ids, new))
-        acknowledged = (done - 1 - ids).div(size.users, rounding_mode="floor")
-        current = (state.round >= acknowledged) & (state.round <= acknowledged + 1)
+        rounds[ids] = state.round
+        current = (state.round >= oldest[ids]) & (state.round <= newest[ids])
         expected = state_of(ids, state.round, size.floats).weights
         same = current & (state.weights == expected).all(1)
         wrong += ids[~same].tolist()
         users = Users(new, size.slots, store)  # nobody is put back
-    reading = time.perf_counter() - start
+    wall, processor = time.perf_counter() - clocks[0], time.process_time() - clocks[1]
     found = {
         "wrong": wrong,
         "lost": store.lost,
         "older": store.older,
         "opening s": opening,
-        "read users/s": size.users / reading,
+        "read users/s": {"wall": size.users / wall, "processor": size.users / processor},
         "bytes a user": store.bytes,
         "disk bytes a user": disk_bytes(folder) / size.users,
     }
     store.close()
-    return found
+    return found, rounds
 
 
 def disk_bytes(folder: Path) -> int:
@@ -178,13 +200,15 @@ def spoil(folder: Path, size: Size, flips: int, cut: int, seed: int) -> set[int]
 def run(folder: Path, size: Size, spoiled: int = 10, seed: int = 0) -> dict[str, Any]:
     """All of it in `folder`; see `passed` for the verdict."""
     a_round = -(-size.users // size.slots)
-    batch = a_round + int(np.random.default_rng(seed).integers(1, a_round + 1))
-    written = killed(folder, size, batch)
-    after_kill = differing(folder, size, written["done"])
+    rng = np.random.default_rng(seed)
+    batch = a_round + int(rng.integers(1, a_round + 1))
+    written = killed(folder, size, batch, delay=rng.uniform(0, 0.05))
+    oldest = acknowledged(size, written["done"])
+    after_kill, rounds = differing(folder, size, oldest, oldest + 1)  # one may be in flight
     hit = spoil(folder, size, spoiled, spoiled, seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they say what is counted here
-        after_damage = differing(folder, size, written["done"])
+        after_damage, _ = differing(folder, size, rounds, rounds)
     return {
         "size": size._asdict(),
         "written": written,
@@ -211,8 +235,8 @@ def table(result: dict[str, Any]) -> str:
         [
             f"{size['users']:,} users of {kill['bytes a user']} bytes a record, "
             f"{size['slots']} at once; {kill['disk bytes a user']:.0f} bytes a user on disk",
-            f"visits/s: {speed['new']:,.0f} new, {speed['returning']:,.0f} returning "
-            f"(enter, gather, scatter, leave); read back {kill['read users/s']:,.0f} users/s",
+            f"users/s (and by the processor's time): {_shown(speed['new'])} new visits, "
+            f"{_shown(speed['returning'])} returning, {_shown(kill['read users/s'])} read back",
             f"killed after {written['done']:,} visits; opened again in {kill['opening s']:.2f} s: "
             f"{len(kill['wrong'])} users differ, {kill['lost']} records lost",
             f"{len(result['spoiled'])} users spoiled (flipped bytes, a cut file): "
@@ -221,6 +245,10 @@ def table(result: dict[str, Any]) -> str:
             "passed" if passed(result) else "FAILED",
         ]
     )
+
+
+def _shown(speed: dict[str, float]) -> str:
+    return f"{speed['wall']:,.0f} ({speed['processor']:,.0f})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

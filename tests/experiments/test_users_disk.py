@@ -340,6 +340,7 @@ def test_killed_in_the_middle_nobody_loses_what_was_acknowledged(tmp_path: Path)
     result = users_disk.run(tmp_path / "store", size, spoiled=3, seed=1)
     assert users_disk.passed(result), users_disk.table(result)
     assert result["written"]["done"] > size.users and len(result["spoiled"]) == 6
+    assert users_disk.acknowledged(users_disk.Size(users=4), 6).tolist() == [1, 1, 0, 0]
     assert not users_disk.passed(result | {"spoiled": result["spoiled"][1:]})
     kill = result["after the kill"] | {"wrong": [5]}
     assert not users_disk.passed(result | {"after the kill": kill})
