@@ -116,7 +116,7 @@ def test_works_inside_a_world_model(name: str):
     (seen.deter.sum() + seen.probs.square().sum()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in memory.parameters())
     dream = model.imagine(carry, lambda feature: feature[:, :2], 2)
-    assert dream.deter.isfinite().all()
+    assert dream.action.isfinite().all()
 
 
 @every_memory
