@@ -16,7 +16,7 @@ from agents.heads import Actor, Critic
 from agents.returns import ReturnScale, by_group, lambda_return, standardized
 from worldmodel import Batch, Carry, Posterior, WorldModel, features
 from worldmodel.heads import Draws
-from worldmodel.rssm import MemoryUse
+from worldmodel.rssm import Dream, MemoryUse
 
 
 class Outcome(NamedTuple):
@@ -117,15 +117,12 @@ class Dreamer(nn.Module):
             self.imagine_memory,
             generator,
         )
-        feature = features(dream.deter, dream.stoch)
+        reward, live = self._judged(dream)
+        slow_value = self._slow_value(dream.feature, slow_critic)
+        logits = self.critic(dream.feature)
         with torch.no_grad():
-            reward = self.world.reward.mean(self.world.reward(feature))
-            live = self.world.continues(feature).sigmoid()
-        slow_value = self._slow_value(feature[:, :-1], slow_critic)
-        logits = self.critic(feature[:, :-1])
-        with torch.no_grad():
-            last = self.critic.mean(self.critic(feature[:, -1:]))
-            value = torch.cat([self.critic.mean(logits), last], 1)
+            last = self.critic.mean(self.critic(dream.last))
+            value = torch.cat([self.critic.mean(logits), last[:, None]], 1)
         returns = lambda_return(reward, live, torch.ones_like(live), value, self.lam)
         scale = self.return_scale(returns)
         weight = live.cumprod(1)[:, :-1]
@@ -133,9 +130,9 @@ class Dreamer(nn.Module):
         if self.standardize:
             advantage = standardized(advantage, by_group(weight, scale))
         advantage = advantage.view(returns.shape)
-        params = self.actor(feature[:, :-1])
+        params = self.actor(dream.feature)
         entropy = self.actor.entropy(params)
-        log_prob = self.actor.log_prob(params, dream.action[:, :-1])
+        log_prob = self.actor.log_prob(params, dream.action)
         policy = -weight * (log_prob * advantage + self.entropy * entropy)
         critic = weight * self._value_loss(logits, returns, slow_value)
         shape = (len(posterior.deter), -1)
@@ -149,6 +146,16 @@ class Dreamer(nn.Module):
         }
         metrics = {name: by_group(x, scale).mean(-1) for name, x in metrics.items()}
         return losses, returns[:, 0].view(shape), metrics
+
+    @torch.no_grad()
+    def _judged(self, dream: Dream) -> tuple[Tensor, Tensor]:
+        """Reward and continuation (N, H + 1) of the states of a dream."""
+        world, columns = self.world, []
+        for feature in (dream.feature, dream.last[:, None]):
+            reward = world.reward.mean(world.reward(feature))
+            columns.append((reward, world.continues(feature).sigmoid()))
+        reward, live = (torch.cat(parts, 1) for parts in zip(*columns, strict=True))
+        return reward, live
 
     def _replay_value(
         self,

@@ -116,13 +116,14 @@ def open_loop(agent: Dreamer, batch: Batch, context: int, generator: torch.Gener
         {k: v[:, :context] for k, v in batch.obs.items()}, *(x[:, :context] for x in batch[1:])
     )
     posterior, carry = world.observe(seen, agent.initial(num), generator)
-    # imagination asks for one action more than it takes
-    actions = iter([*batch.action[:, context:].unbind(1), torch.zeros_like(batch.action[:, 0])])
+    actions = iter(batch.action[:, context:].unbind(1))
     dream = world.dynamics.imagine(
         carry, lambda _: next(actions), length - context, agent.imagine_memory, generator
     )
-    deter = torch.cat([posterior.deter, dream.deter[:, 1:]], 1)
-    stoch = torch.cat([posterior.stoch, dream.stoch[:, 1:]], 1)
+    imagined = torch.cat([dream.feature[:, 1:], dream.last[:, None]], 1)
+    dreamt = world.dynamics.states(imagined)
+    deter = torch.cat([posterior.deter, dreamt[0]], 1)
+    stoch = torch.cat([posterior.stoch, dreamt[1]], 1)
     decoded = world.decoder(deter.flatten(0, 1), stoch.flatten(0, 1))
     spec = world.decoder.spec
     observed = {key: observation(value, spec[key]) for key, value in decoded.items()}

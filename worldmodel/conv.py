@@ -48,7 +48,7 @@ class Down(nn.Module):
         x = x.permute(0, 3, 1, 2)
         if self.kind == "strided":
             return F.conv2d(x, self.weight, self.bias, stride=2, padding=1).permute(0, 2, 3, 1)
-        return F.max_pool2d(F.conv2d(x, self.weight, self.bias, padding=2), 2).permute(0, 2, 3, 1)
+        return max_pool(F.conv2d(x, self.weight, self.bias, padding=2).permute(0, 2, 3, 1))
 
 
 class Up(nn.Module):
@@ -78,6 +78,45 @@ class Up(nn.Module):
         n_out, n_in = weight.shape[:2]
         kernels = (weight.flatten(2) @ self.taps.t()).view(n_out, n_in, 4, 3, 3)
         return kernels.permute(2, 0, 3, 4, 1).reshape(4 * n_out, 3, 3, n_in).permute(0, 3, 1, 2)
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """The largest of each 2x2 square: (N, 2 H, 2 W, C) -> (N, H, W, C)."""
+    transformed = torch.func.debug_unwrap(x, recurse=False) is not x
+    if transformed or x.device.type != "cpu" or not torch.is_grad_enabled():
+        return F.max_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+    return MaxPool.apply(x)
+
+
+class MaxPool(torch.autograd.Function):
+    """`max_pool` that keeps a byte for each comparison, where torch keeps its input and indices.
+
+    Of equal values the first in reading order wins, as in torch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        n, height, width, channels = x.shape
+        left, right = x.view(n, height, width // 2, 2, channels).unbind(3)
+        upper, lower = torch.maximum(left, right).view(n, height // 2, 2, -1).unbind(2)
+        ctx.save_for_backward(left < right, upper < lower)
+        return torch.maximum(upper, lower).view(n, height // 2, width // 2, channels)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore
+        right, lower = ctx.saved_tensors
+        n, height, width, channels = right.shape
+        rows = _parted(grads[0].reshape(lower.shape), lower, 2).view(right.shape)
+        return _parted(rows, right, 3).view(n, height, 2 * width, channels)
+
+
+def _parted(grad: Tensor, second: Tensor, axis: int) -> Tensor:
+    """grad in two places along a new axis: the second where `second` is set, else the first."""
+    out = grad.new_empty(*grad.shape[:axis], 2, *grad.shape[axis:])
+    torch.mul(grad, second, out=out.select(axis, 1))
+    torch.sub(grad, out.select(axis, 1), out=out.select(axis, 0))
+    return out
 
 
 def channels_last(n_out: int, n_in: int, side: int) -> Tensor:

@@ -162,16 +162,23 @@ class Decoder(nn.Module):
         return out
 
     def _images(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
-        parts = zip(deter.split(FRAMES), stoch.split(FRAMES), strict=True)
-        x = torch.cat([self._convolve(*part) for part in parts])
-        channels = x.split([self.spec[key].shape[2] for key in self.images], -1)
-        return dict(zip(self.images, channels, strict=True))
-
-    def _convolve(self, deter: Tensor, stoch: Tensor) -> Tensor:
         x = self.space(deter, stoch)
         for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
             x = norm_silu(norm, conv(x))
-        return self.convs[-1](x)
+        channels = [self.spec[key].shape[2] for key in self.images]
+        return dict(zip(self.images, self.convs[-1](x).split(channels, -1), strict=True))
+
+    def errors(self, deter: Tensor, stoch: Tensor, obs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses {key: (N,)} of decoding; images go through a block at a time."""
+        size = FRAMES if self.images else len(deter)
+        blocks = [
+            self.losses(
+                self(deter[i : i + size], stoch[i : i + size]),
+                {key: value[i : i + size] for key, value in obs.items()},
+            )
+            for i in range(0, len(deter), size)
+        ]
+        return {key: torch.cat([block[key] for block in blocks]) for key in self.spec}
 
     def losses(self, out: dict[str, Tensor], obs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Squared error or cross-entropy of each key, summed over its axes: {key: (N,)}."""

@@ -69,9 +69,9 @@ class WorldModel(nn.Module):
         feature = features(deter, stoch)
         prior = self.dynamics.prior(deter)
         post = posterior.probs
-        decoded = self.decoder(deter.flatten(0, 1), stoch.flatten(0, 1))
         targets = {key: value.flatten(0, 1) for key, value in batch.obs.items()}
-        losses = {k: v.view(lead) for k, v in self.decoder.losses(decoded, targets).items()}
+        errors = self.decoder.errors(deter.flatten(0, 1), stoch.flatten(0, 1), targets)
+        losses = {key: value.view(lead) for key, value in errors.items()}
         losses["dyn"] = kl(post.detach(), prior).clamp(min=self.free_nats)
         losses["rep"] = kl(post, prior.detach()).clamp(min=self.free_nats)
         losses["reward"] = self.reward.loss(self.reward(feature), batch.reward)

@@ -35,11 +35,11 @@ class Posterior(NamedTuple):
 
 
 class Dream(NamedTuple):
-    """A rollout of the prior; `action[:, h]` was chosen in state h, the last one is not taken."""
+    """A rollout of the prior: `action[:, h]` was chosen in state h and led to state h + 1."""
 
-    deter: Tensor  # (N, H + 1, D)
-    stoch: Tensor  # (N, H + 1, S, C)
-    action: Tensor  # (N, H + 1, A)
+    feature: Tensor  # (N, H, F) what heads read of the states 0 .. H - 1
+    last: Tensor  # (N, F) of state H
+    action: Tensor  # (N, H, A)
 
 
 class RSSM(nn.Module):
@@ -127,6 +127,11 @@ class RSSM(nn.Module):
         out = Posterior(deters, stochs, all_probs, history)
         return out, Carry(Latent(deter, stoch), fast)
 
+    def states(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """deter (..., D) and stoch (..., S, C) of a feature (..., F)."""
+        deter, stoch = feature.split([self.deter, self.stoch * self.classes], -1)
+        return deter, stoch.unflatten(-1, (self.stoch, self.classes))
+
     def prior(self, deter: Tensor) -> Tensor:
         """Probabilities (..., S, C) of the stochastic state given deter (..., D)."""
         return self._probs(self.prior_net(deter))
@@ -149,19 +154,20 @@ class RSSM(nn.Module):
         deter, stoch, fast = carry.latent.deter, carry.latent.stoch, carry.fast
         noise = race((horizon, len(deter), self.stoch, self.classes), generator, 1)
         keep = deter.new_ones(())
-        deters, stochs, actions = [deter], [stoch], []
+        features = deter.new_empty(len(deter), horizon, self.feature)
+        actions: list[Tensor] = []
         for h in range(horizon):
-            action = policy(torch.cat([deter, stoch.flatten(1)], -1))
+            feature = features[:, h]
+            torch.cat([deter, stoch.flatten(1)], -1, out=feature)
+            action = policy(feature)
             embed, bias = self._embed(action, shares)
             deter, x = enter(weights, deter, stoch.flatten(1), keep)
             recalled, fast = recall(x, embed, fast)
             deter = recur(weights, deter, x, recalled, bias)
             stoch = sample(self.prior(deter), noise[h])
-            deters.append(deter)
-            stochs.append(stoch)
             actions.append(action)
-        actions.append(policy(torch.cat([deter, stoch.flatten(1)], -1)))
-        return Dream(torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(actions, 1))
+        last = torch.cat([deter, stoch.flatten(1)], -1)
+        return Dream(features, last, torch.stack(actions, 1))
 
     def _hoist(self) -> tuple[Weights, Tensor]:
         """What is recurrent, and the action's share (hidden, D) of the mixing layer."""

@@ -114,10 +114,11 @@ def test_the_actor_learns_which_imagined_action_is_rewarded(monkeypatch: pytest.
     def marked(starts, policy, horizon, use, generator):
         """A dream whose reward at h + 1 says whether action h was number 2."""
         dream = core(starts, policy, horizon, use, generator)
-        stoch = dream.stoch.clone()
-        stoch[..., -1, -1] = 0.0
-        stoch[:, 1:, -1, -1] = dream.action[:, :-1, 2]
-        return dream._replace(stoch=stoch)
+        feature, last = dream.feature.clone(), dream.last.clone()
+        feature[:, 0, -1] = 0.0
+        feature[:, 1:, -1] = dream.action[:, :-1, 2]
+        last[:, -1] = dream.action[:, -1, 2]
+        return dream._replace(feature=feature, last=last)
 
     monkeypatch.setattr(agent.world.dynamics, "imagine", marked)
     optimizer = torch.optim.Adam([*agent.actor.parameters(), *agent.critic.parameters()], 3e-3)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from worldmodel.conv import Down, Up, image_error, interleave, plain_image_error
+from worldmodel.conv import Down, Up, image_error, interleave, max_pool, plain_image_error
 from worldmodel.nets import init_weight
 
 
@@ -78,3 +78,19 @@ def test_kernels_are_drawn_by_their_fan_in() -> None:
     init_weight(weight, 32 * 25)
     layer = Up(32, 64, "faithful")
     assert abs(layer.weight.std() / weight.std() - 1) < 0.05
+
+
+def test_max_pool_is_torch_s_with_ties_too() -> None:
+    torch.manual_seed(0)
+    x = torch.randint(3, (3, 8, 6, 5)).double().requires_grad_()  # few values: many ties
+    ours, theirs = max_pool(x), nchw_pool(x)
+    assert torch.equal(ours, theirs)
+    push = torch.randn_like(ours)
+    a, b = (torch.autograd.grad(y, x, push)[0] for y in (ours, theirs))
+    assert torch.equal(a, b)
+    with torch.no_grad():
+        assert torch.equal(max_pool(x), theirs)
+
+
+def nchw_pool(x: torch.Tensor) -> torch.Tensor:
+    return F.max_pool2d(nchw(x), 2).permute(0, 2, 3, 1)

@@ -141,10 +141,13 @@ def test_imagination_follows_the_policy_from_its_carry(use: MemoryUse):
     actions = torch.eye(3)[torch.arange(5) % 3]
     queue = iter(actions.unsqueeze(1).expand(5, 12, 3))
     dream = agent.world.dynamics.imagine(starts, lambda _: next(queue), 4, use)
-    assert dream.deter.shape == (12, 5, 16)
-    assert torch.equal(dream.deter[:, 0], starts.latent.deter)
-    assert torch.equal(dream.action, actions.expand(12, 5, 3))
-    assert torch.equal(dream.stoch.sum(-1), torch.ones(12, 5, 3))
+    deter, stoch = agent.world.dynamics.states(dream.feature)
+    assert deter.shape == (12, 4, 16)
+    assert torch.equal(deter[:, 0], starts.latent.deter)
+    assert torch.equal(dream.action, actions[:4].expand(12, 4, 3))
+    assert torch.equal(stoch.sum(-1), torch.ones(12, 4, 3))
+    assert dream.last.shape == dream.feature[:, 0].shape
+    assert not torch.equal(dream.last, dream.feature[:, -1])
 
 
 def test_starts_are_the_last_steps_in_batch_order():
