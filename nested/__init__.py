@@ -3,6 +3,7 @@
 from nested import fast
 from nested.adapt import Adapter, AdapterState, Window, adapt
 from nested.cms import ChainState, ContinuumMemory
+from nested.consolidate import Moves, Visits
 from nested.deep import TTTMLP, DeepMemory, DeepState, NeuralMemory, TTTLinear
 from nested.held import Held
 from nested.hope import HopeBlock, HopeState, SelfModifyingMemory, SelfState
@@ -26,6 +27,7 @@ __all__ = [
     "HopeState",
     "LinearMemory",
     "LinearState",
+    "Moves",
     "NeuralMemory",
     "RLSMemory",
     "RLSState",
@@ -33,6 +35,7 @@ __all__ = [
     "SelfState",
     "TTTLinear",
     "Users",
+    "Visits",
     "Window",
     "adapt",
     "fast",

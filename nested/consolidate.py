@@ -3,18 +3,16 @@
 Users visit in batches; a slow level on the `session` clock moves once in thousands of visits.
 `Visits` is the running mean of their displacements, which `Pull` takes as its source (FedAvg,
 1602.05629; Reptile, 1803.02999). A displacement stored before the slow weights moved still counts
-from where they stood: `Moves` takes out of it what they took in, so that nothing counts twice.
+from where they stood: `Moves` knows how far they went since, which `Adapter.rebase` takes out.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nested.adapt import AdapterState
-
-Params: TypeAlias = dict[str, Tensor]
+from nested.adapt import Params
 
 
 class Visits(NamedTuple):
@@ -55,8 +53,9 @@ class Visits(NamedTuple):
 class Moves:
     """Where the slow weights stood at each generation, the newest `keep` of them.
 
-    `rebase` fits `nested.Users`: its pool counts generations and calls it for stored states. Who
-    stayed away for more than `keep` generations is rebased from the oldest that is known.
+    For a pool of users, which counts generations and calls `rebase` for stored states:
+    `Users(..., rebase=lambda state, old: adapter.rebase(state, moves.since(old)))`. Who stayed away
+    for more than `keep` generations is rebased from the oldest that is known.
     """
 
     def __init__(self, slow: Mapping[str, Tensor], keep: int = 64):
@@ -81,14 +80,6 @@ class Moves:
         some = next(iter(self._stood.values()))
         place = (generation.to(some.device) - self.generation + len(some) - 1).clamp_min(0)
         return {name: x[-1] - x[place] for name, x in self._stood.items()}
-
-    def rebase(self, state: AdapterState, generation: Tensor) -> AdapterState:
-        """States (n, ...) of users, displacements from generations (n,), as ones from now.
-
-        The weights of a user, slow and displacement together, stay what they were.
-        """
-        moved = self.since(generation)
-        return state._replace(delta={name: x - moved[name] for name, x in state.delta.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """The generation, and where the slow weights stood."""

@@ -21,7 +21,7 @@ from experiments.benchmarks.population import (
     excess,
     response,
 )
-from nested.adapt import AdapterState
+from nested.adapt import Adapter
 from nested.consolidate import Moves, Visits
 from timescales import REST, Descend, Every, Level, Pull, Timescales, presets, rules
 
@@ -203,18 +203,20 @@ class Returning:
     """Users who come every round, with what they know, and the slow weights that they teach."""
 
     def __init__(self, prior: Prior, num: int, keep: str):
-        dim = len(prior.cov)
         self.prior, self.keep = prior, keep
-        self.server = Server("mean", methods(Every(num, UNIT))["mean"], dim)
+        self.server = Server("mean", methods(Every(num, UNIT))["mean"], len(prior.cov))
+        # holds displacements and rebases them; what users learn is exact, by least squares
+        share = 1.0 if keep == "kept" else 0.0
+        self.adapter = Adapter(self.server.slow, ".", lambda params, row: row, lr=1.0, keep=share)
         self.moves = Moves(self.server.params)
-        self.state = AdapterState({"weight": prior.cov.new_zeros(num, 1, dim)}, {})
+        self.state = self.adapter.initial(num)
         self.start = torch.linalg.inv(prior.cov).expand(num, -1, -1)
         self.precision = self.start
 
     @property
     def weights(self) -> Tensor:
         """Each user's weights (B, D)."""
-        return self.server.live + self.state.delta["weight"][:, 0]
+        return self.adapter.weights(self.state)["weight"].detach()[:, 0]
 
     def visit(self, session: Session) -> None:
         """Everyone learns from a session, by recursive least squares; the slow weights follow."""
@@ -226,12 +228,10 @@ class Returning:
         self.server.take(Learned(session, delta[:, 0], torch.ones_like(learned)))
         generation = torch.full((len(delta),), self.moves.generation)
         self.moves.advance(self.server.params)
-        self.state = AdapterState({"weight": delta}, {})
-        if self.keep == "taken out":
-            self.state = self.moves.rebase(self.state, generation)
-        elif self.keep == "cleared":
-            self.state = AdapterState({"weight": torch.zeros_like(delta)}, {})
-            self.precision = self.start
+        state = self.state._replace(delta={"weight": delta})
+        self.state = self.adapter.rebase(state, self.moves.since(generation))
+        if self.keep == "cleared":
+            self.state, self.precision = self.adapter.initial(len(delta)), self.start
 
 
 def returning(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from experiments.benchmarks.population import Prior, Session, posterior
 from nested import RLSMemory
 from nested import linear as memory
-from nested.adapt import Adapter, AdapterState
+from nested.adapt import Adapter
 
 Learner = Callable[[Session, Prior], Tensor]
 
@@ -66,27 +66,18 @@ def sgd(session: Session, prior: Prior, rate: float, momentum: float = 0.0) -> T
 
 def window(session: Session, prior: Prior, rate: float, last: int = 32, steps: int = 6) -> Tensor:
     """`nested.Adapter`: after each interaction, some steps on the window of the `last` ones."""
-    adapter, state = window_adapter(session, prior, rate)
-    found: list[Tensor] = []
-    for t in range(1, session.ys.shape[1] + 1):
-        seen = slice(max(0, t - last), t)
-        rows = (session.xs[:, seen], session.ys[:, seen])
-        for _ in range(steps):
-            state, _ = adapter(state, rows)
-        found.append(adapter.weights(state)["weight"].detach().squeeze(1))
-    return torch.stack(found, 1)
-
-
-def window_adapter(session: Session, prior: Prior, rate: float) -> tuple[Adapter, AdapterState]:
-    """Inner steps on half the mean of squares over a window, and the state of the users."""
-    slow = linear(prior.centre)
 
     def loss(params: dict[str, Tensor], rows: Any) -> Tensor:
         xs, ys = rows
         return 0.5 * (xs @ params["weight"][0] - ys).square().mean()
 
-    adapter = Adapter(slow, ".", loss, lr=rate)
-    return adapter, adapter.initial(len(session.xs))
+    adapter = Adapter(linear(prior.centre), ".", loss, lr=rate, steps=steps)
+    state, found = adapter.initial(len(session.xs)), list[Tensor]()
+    for t in range(1, session.ys.shape[1] + 1):
+        seen = slice(max(0, t - last), t)
+        state, _ = adapter(state, (session.xs[:, seen], session.ys[:, seen]))
+        found.append(adapter.weights(state)["weight"].detach().squeeze(1))
+    return torch.stack(found, 1)
 
 
 def recursive(session: Session, prior: Prior, shape: str = "full") -> Tensor:

@@ -79,10 +79,11 @@ def test_rebased_users_keep_their_weights():
         weights.append(slow["weight"].detach() + state.delta["weight"][seed])
         slow = {name: p.detach() + noise(*p.shape, seed=20 + seed) for name, p in slow.items()}
         assert moves.advance(slow) == seed + 1
-    rebased = moves.rebase(state, torch.tensor(generation))
+    adapter = Adapter(module(), ".", lambda params, row: row, lr=1.0)
+    rebased = adapter.rebase(state, moves.since(torch.tensor(generation)))
     torch.testing.assert_close(slow["weight"] + rebased.delta["weight"], torch.stack(weights))
-    now = torch.full((3,), moves.generation)
-    assert torch.equal(moves.rebase(rebased, now).delta["bias"], rebased.delta["bias"])
+    now = moves.since(torch.full((3,), moves.generation))
+    assert torch.equal(adapter.rebase(rebased, now).delta["bias"], rebased.delta["bias"])
 
 
 def test_who_stayed_away_too_long_is_rebased_from_the_oldest_that_is_known():
@@ -110,7 +111,12 @@ def test_a_pool_of_users_rebases_through_moves():
 
     adapter = Adapter(made, ".", loss, lr=0.1)
     moves = Moves(adapter.slow)
-    pool = Users(adapter.initial(1), 4, rebase=moves.rebase)
+
+    def rebase(state: fast.Tree, generation: Tensor) -> fast.Tree:
+        assert isinstance(state, AdapterState)
+        return adapter.rebase(state, moves.since(generation))
+
+    pool = Users(adapter.initial(1), 4, rebase=rebase)
     slots = pool.enter([11, 12], adapter.initial(1))
     state, _ = adapter(pool.gather(slots), (noise(2, 3), noise(2, 2, seed=1)))
     pool.scatter(slots, state)
