@@ -278,9 +278,10 @@ class ShortcutDynamics(nn.Module):
 
     def _actions(self, clip: Clip) -> Tensor:
         """Action tokens (B, T, S_a, D): the shared embedding alone where no action is known."""
-        known = clip.labelled & ~clip.first
-        x = self.from_action(clip.action).unflatten(-1, self.no_action.shape)
-        return x * known[..., None, None] + self.no_action
+        known = (clip.labelled & ~clip.first)[..., None]
+        action = torch.where(known, clip.action, 0.0)  # what is not known may be anything, NaN too
+        x = self.from_action(action).unflatten(-1, self.no_action.shape)
+        return x * known[..., None] + self.no_action
 
     def _tokens(self, z: Tensor, levels: Levels, actions: Tensor) -> Tensor:
         """What a frame is predicted from: (B, T, N, D) without agent tokens."""

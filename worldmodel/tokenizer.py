@@ -94,7 +94,7 @@ class Tokenizer(nn.Module):
         reads = torch.ones(tokens, tokens, dtype=torch.bool)
         reads[count:, :count] = False  # latents read latents only
         self.decoder = Transformer(decoder, tokens, reads, drop=latents)
-        self.paint = Linear(decoder.width, dim)
+        self.paint = Linear(decoder.width, dim, 0.1)
         self.scales = {"mse": 1.0} | ({"perceptual": 0.2} if perceptual else {})
         self.norms = nn.ModuleDict({name: RunningRMS() for name in self.scales})
 

@@ -129,18 +129,16 @@ def test_the_loss_is_the_mean_squared_error_of_all_patches_over_its_running_rms(
 
 def test_it_learns_a_few_frames_by_heart():
     model, (images, first) = make(), video()
-    images = images[:, :, ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    images = images[:, :, :1, :1].expand(-1, -1, *SIZE[:2], -1).contiguous()  # a colour a frame
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    with torch.no_grad():
-        before = (model.decode(model.encode(images, first), first) - images / 255).square().mean()
-    for _ in range(60):
+    for _ in range(120):
         optimizer.zero_grad()
         weighted(model.losses(images, first, generator), model.scales).backward()
         optimizer.step()
     with torch.no_grad():
-        after = (model.decode(model.encode(images, first), first) - images / 255).square().mean()
-    assert after < before / 3
+        error = model.decode(model.encode(images, first), first) - images / 255
+    assert error.square().mean() < 0.3 * (images / 255).var()  # of the best guess without latents
 
 
 def test_a_context_is_a_tree_of_rows():
