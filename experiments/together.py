@@ -115,8 +115,3 @@ def check(configs: Sequence[Config]) -> None:
             if one != other:
                 problem = f"runs side by side need one value, and another has {shown(one)}"
                 raise ConfigError(path, other, problem, "train them one by one")
-    if configs[0].model.memory.kind != "none" or configs[0].env.pixels:
-        raise ConfigError(
-            "model.memory" if not configs[0].env.pixels else "env.pixels", ...,
-            "runs side by side have vectors to see and no fast weights", "train them one by one",
-        )  # fmt: skip

@@ -102,6 +102,15 @@ def bind(module: nn.Module, params: Mapping[str, Tensor]) -> Callable[..., Any]:
     return bound
 
 
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) times weight (out, in), plus bias; both may have one axis more in front, groups:
+    then the rows of x are as many equal parts in order, and each meets a weight of its own."""
+    if weight.ndim == 2:
+        return torch.nn.functional.linear(x, weight, bias)
+    y = torch.bmm(x.reshape(len(weight), -1, x.shape[-1]), weight.mT)
+    return (y if bias is None else y.add_(bias.unsqueeze(1))).view(*x.shape[:-1], -1)
+
+
 def heal(state: Tree, initial: Tree) -> tuple[Tree, Tensor]:
     """Users with a value that is not finite go back to `initial`; says how many (0-d, int64)."""
     tensors = leaves(state)

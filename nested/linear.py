@@ -60,6 +60,8 @@ def exact(z: Tensor) -> AbstractContextManager[object]:
 def step(z: Tensor, weights: Tensor, start: Tensor, reset: Tensor | None, erase: int) -> Result:
     """Reset, write, read: z (B, H, P), weights (B, H, D, D), start (H, D, D), reset (B,) bool.
 
+    start may be (G, H, D, D), one for each of G equal parts of the users.
+
     `erase` is 1 where what the key recalled is taken out of the value that is written, 0 where it
     stays. Gives read (B, H, D), weights, and error (B, H, D): value minus recalled, no gradient.
     """
@@ -70,6 +72,13 @@ def step(z: Tensor, weights: Tensor, start: Tensor, reset: Tensor | None, erase:
     return result
 
 
+def rows(start: Tensor, users: int) -> Tensor:
+    """start (H, D, D), or (G, H, D, D) for G equal parts of the users, for each user."""
+    if start.ndim == 3:
+        return start.expand(users, -1, -1, -1)
+    return start.repeat_interleave(users // len(start), 0)
+
+
 def transformed(x: Tensor) -> bool:
     """Whether vmap or grad of torch.func is at work on x."""
     return torch.func.debug_unwrap(x, recurse=False) is not x
@@ -78,7 +87,7 @@ def transformed(x: Tensor) -> bool:
 def plain(z: Tensor, weights: Tensor, start: Tensor, reset: Tensor | None, erase: int) -> Result:
     """`step` as the papers write it."""
     if reset is not None:
-        weights = torch.where(reset[:, None, None, None], start, weights)
+        weights = torch.where(reset[:, None, None, None], rows(start, len(weights)), weights)
     p = parts(z, weights.shape[-1])
     beta, alpha = p.gates[..., :1], p.gates[..., 1:].prod(-1, keepdim=True)
     q, k = p.qk[..., :1, :], p.qk[..., 1:, :]  # (B, H, 1, D)
@@ -99,7 +108,7 @@ class Fused(torch.autograd.Function):
         dim = weights.shape[-1]
         begun = weights
         if reset is not None:
-            begun = torch.where(reset[:, None, None, None], start, weights)
+            begun = torch.where(reset[:, None, None, None], rows(start, len(weights)), weights)
         begun = begun.reshape(-1, dim, dim)
         p = parts(z.reshape(len(begun), -1), dim)
         q, k = p.qk.unbind(1)
@@ -115,7 +124,7 @@ class Fused(torch.autograd.Function):
         read = torch.addcmul(read, overlap, write).view(*z.shape[:2], dim)
         new = torch.addcmul(s, k.unsqueeze(2), write.unsqueeze(1)).view(weights.shape)
         error = error.view(read.shape)
-        ctx.erase = erase
+        ctx.erase, ctx.groups = erase, len(start) if start.ndim == 4 else 0
         ctx.mark_non_differentiable(error)
         ctx.save_for_backward(reset, begun, p.qk, p.scale, p.gates, write, overlap)
         return read, new, error
@@ -132,7 +141,12 @@ class Fused(torch.autograd.Function):
         if reset is None:
             return g_z, g_begun, None, None, None
         mask = reset.to(g_z.dtype)
-        g_start = torch.mv(g_begun.flatten(1).t(), mask).view(g_new.shape[1:])
+        if ctx.groups:
+            parted = g_begun.view(ctx.groups, -1, g_begun[0].numel())
+            g_start = torch.bmm(mask.view(ctx.groups, 1, -1), parted)
+            g_start = g_start.view(ctx.groups, *g_new.shape[1:])
+        else:
+            g_start = torch.mv(g_begun.flatten(1).t(), mask).view(g_new.shape[1:])
         return g_z, g_begun * (1 - mask)[:, None, None, None], g_start, None, None
 
 

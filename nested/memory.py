@@ -12,10 +12,9 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nested import held, linear
+from nested import fast, held, linear
 from nested.held import Held
 
 
@@ -47,12 +46,13 @@ class LinearMemory(nn.Module):
 
     def initial(self, batch: int) -> LinearState:
         """The state of `batch` users that have written nothing."""
-        weights = self.start.expand(batch, -1, -1, -1)
+        weights = linear.rows(self.start, batch)
         return LinearState(weights, self.start.new_zeros(batch, self.heads, self.dim))
 
     def project(self, x: Tensor) -> Tensor:
         """Queries, keys, values and gates, raw: (..., dim_in) -> (..., H, P)."""
-        return self.into(x).unflatten(-1, (self.heads, -1))
+        z = fast.affine(x, self.into.weight, self.into.bias)
+        return z.unflatten(-1, (self.heads, -1))
 
     def forward(
         self, x: Tensor, state: LinearState, reset: Tensor | None = None
@@ -67,17 +67,19 @@ class LinearMemory(nn.Module):
         z = z.to(self.start.dtype)
         with linear.exact(z):
             read, weights, error = linear.step(z, state.weights, self.start, reset, self.erase)
-        return self.out(read.flatten(1)), LinearState(weights, error)
+        return fast.affine(read.flatten(1), self.out.weight), LinearState(weights, error)
 
     def read(self, x: Tensor, state: LinearState) -> Tensor:
         """What the memory answers to x (B, dim_in), nothing written: (B, dim_out)."""
-        weight = self.into.weight.view(self.heads, -1, x.shape[-1])[:, : self.dim].flatten(0, 1)
-        bias = self.into.bias.view(self.heads, -1)[:, : self.dim].flatten()
-        z = F.linear(x, weight, bias).to(self.start.dtype)
+        weight, bias = self.into.weight, self.into.bias
+        groups = weight.shape[:-2]
+        weight = weight.view(*groups, self.heads, -1, x.shape[-1])[..., : self.dim, :]
+        bias = bias.view(*groups, self.heads, -1)[..., : self.dim]
+        z = fast.affine(x, weight.flatten(-3, -2), bias.flatten(-2)).to(self.start.dtype)
         with linear.exact(z):
             q, _ = linear.unit(z.view(len(x) * self.heads, 1, self.dim))
             answer = torch.bmm(q, state.weights.reshape(-1, self.dim, self.dim))
-        return self.out(answer.view(len(x), -1))
+        return fast.affine(answer.view(len(x), -1), self.out.weight)
 
     def scan(
         self, xs: Tensor, state: LinearState, resets: Tensor, chunk: int = 32

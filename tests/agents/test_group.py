@@ -10,8 +10,9 @@ from worldmodel import Batch
 COUNT, ROWS = 3, 4
 
 
-def make_agents(action, blocks=2, standardize=False):
-    agents = [make_agent(action=action, blocks=blocks, seed=s).double() for s in range(COUNT)]
+def make_agents(action, blocks=2, standardize=False, memory=False):
+    args = {"action": action, "blocks": blocks, "memory": memory}
+    agents = [make_agent(**args, seed=s).double() for s in range(COUNT)]
     for agent in agents:
         agent.standardize = standardize
         with torch.no_grad():  # off the zeros that some layers start with
@@ -33,12 +34,19 @@ def slow_of(agent):
     return {name: 0.9 * p.detach() for name, p in agent.critic.named_parameters()}
 
 
-@pytest.mark.parametrize("standardize", [False, True])
-@pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize("action", [DISCRETE, SEVERAL, CONTINUOUS], ids=str)
-def test_losses_and_gradients_are_those_of_each_agent_alone(action, blocks, standardize):
-    agents = make_agents(action, blocks, standardize)
-    twins = make_agents(action, blocks, standardize)
+@pytest.mark.parametrize(
+    ("action", "blocks", "standardize", "memory"),
+    [
+        (DISCRETE, 2, False, False),
+        (DISCRETE, 1, True, False),
+        (SEVERAL, 2, True, True),
+        (CONTINUOUS, 2, False, True),
+    ],
+    ids=str,
+)
+def test_losses_and_gradients_are_those_of_each_agent_alone(action, blocks, standardize, memory):
+    agents = make_agents(action, blocks, standardize, memory)
+    twins = make_agents(action, blocks, standardize, memory)
     for agent, twin in zip(agents, twins, strict=True):
         twin.load_state_dict(agent.state_dict())
     batches = [double(make_batch(action=action, shape=(ROWS, 6), seed=g)) for g in range(COUNT)]
