@@ -52,7 +52,7 @@ class LinearMemory(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """Queries, keys, values and gates, raw: (..., dim_in) -> (..., H, P)."""
         z = fast.affine(x, self.into.weight, self.into.bias)
-        return z.unflatten(-1, (self.heads, -1))
+        return z.view(*z.shape[:-1], self.heads, -1)
 
     def forward(
         self, x: Tensor, state: LinearState, reset: Tensor | None = None
