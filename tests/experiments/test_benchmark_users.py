@@ -85,7 +85,7 @@ def test_the_adapter_descends_on_its_window():
 
 @pytest.fixture(scope="module")
 def slow() -> dict[str, np.ndarray]:
-    """Squared errors (seeds, 2) of consolidation and of the optimum: 60 rounds of 100 users."""
+    """Squared errors (seeds, 2) of consolidation and of the optimum: 40 rounds of 100 users."""
     found: dict[str, list[list[float]]] = {"one": [], "clusters": []}
     for name, make in (("one", ONE), ("clusters", Population)):
         for seed in range(4):
@@ -93,7 +93,7 @@ def slow() -> dict[str, np.ndarray]:
             draw = torch.Generator().manual_seed(seed)
             held_out = linear.session(np.arange(900_000, 900_020), 10, draw)
             prior = linear.prior().pooled()
-            size, method = Size(60, 100, 100, 10), "mean, by certainty"
+            size, method = Size(40, 100, 100, 10), "mean, by certainty"
             scores = consolidate(linear, prior, size, held_out, draw, [method])
             found[name].append([scores[m][-1, 0] for m in (method, OPTIMUM)])
     return {name: np.array(values) for name, values in found.items()}
@@ -105,7 +105,7 @@ def test_consolidation_finds_the_mean_of_the_population_as_well_as_the_optimum(
 ):
     ours, best = np.sqrt(slow[name].mean(0))
     assert ours <= 1.05 * best
-    assert best < 0.05  # what the spread of 6,000 users leaves unknown is about 0.04
+    assert best < 0.07  # the spread of 4,000 users alone leaves 0.03 and 0.045 unknown
 
 
 def test_every_method_ends_near_the_mean_and_in_rounds():
