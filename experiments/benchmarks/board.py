@@ -73,7 +73,12 @@ class Board:
             made.add_column(name, justify="right")
         for cell in self._cells:
             state = self._state[cell.key]
-            made.add_row(cell.stream, cell.method, *state, *[""] * (1 + len(SHOWN) - len(state)))
+            made.add_row(
+                cell.stream.removeprefix("cl/"),
+                cell.method,
+                *state,
+                *[""] * (1 + len(SHOWN) - len(state)),
+            )
         return made
 
 
@@ -99,11 +104,11 @@ def _metrics(found: Mapping[str, Any]) -> str:
     names = (*SHOWN, "forward_transfer/ref", "fresh_gap", "dormant", "erank")
     short = {"forward_transfer/ref": "FT/ref"}
     lines = [
-        f"{'method':16}" + "".join(f"{short.get(name, name):>22}" for name in names)
+        f"{'method':16}" + "".join(f"{short.get(name, name):>24}" for name in names)
         + f"{'core us/row':>13}{'FLOPs/row':>11}"
     ]  # fmt: skip
     for method, row in found["methods"].items():
-        cells = "".join(f"{interval(row['metrics'].get(name)):>22}" for name in names)
+        cells = "".join(f"{interval(row['metrics'].get(name)):>24}" for name in names)
         cost = row["cost"]
         lines.append(
             f"{method:16}{cells}{cost['core_us_per_interaction']:13.1f}"
