@@ -126,8 +126,9 @@ class Rotary(nn.Module):
 
     def forward(self, position: Tensor, like: Tensor) -> Rotation:
         """position (...) int64 -> a rotation (..., d) of `like`'s type."""
-        angle = (position.unsqueeze(-1) * self.turns % PERIOD).to(like.dtype) * (math.tau / PERIOD)
-        cos, sin = angle.cos(), angle.sin()
+        exact = torch.promote_types(like.dtype, torch.float32)  # half precision counts to 256
+        angle = (position.unsqueeze(-1) * self.turns % PERIOD).to(exact) * (math.tau / PERIOD)
+        cos, sin = angle.cos().to(like.dtype), angle.sin().to(like.dtype)
         return Rotation(torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
 
 

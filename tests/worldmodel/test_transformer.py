@@ -140,6 +140,8 @@ def test_rotations_know_only_the_distance_however_far_the_stream_has_run():
         turned[0], q[0] * torch.tensor(1.0).cos() - q[4] * torch.tensor(1.0).sin(), atol=1e-4
     )
     assert torch.allclose(turned.norm(), q.norm())
+    half = rotary(torch.tensor(40_001), q.bfloat16()).cos
+    assert torch.allclose(half.double(), rotary(torch.tensor(40_001), q).cos, atol=4e-3)
 
 
 def test_the_cap_bounds_logits_and_the_written_out_attention_equals_torch_s():
