@@ -38,11 +38,12 @@ class Loop:
     def __init__(self, config: Config, open_run: Callable[[], Run]):
         self.config = config
         self.device = device_of(config)
-        self.low_precision = precision(config, self.device) == "bfloat16"
         torch.set_num_threads(threads(config))
         seeds = np.random.SeedSequence(config.seed).generate_state(len(SEEDS))
         seed = {name: int(value) for name, value in zip(SEEDS, seeds, strict=True)}
         self.envs = make_envs(config.env, seed=seed["envs"])
+        images = any(entry.kind == "image" for entry in self.envs.obs_spec.values())
+        self.low_precision = precision(config, self.device, images) == "bfloat16"
         self.agent: Dreamer = build_agent(config, self.envs.obs_spec, self.envs.action_spec)
         self.timescales = build_timescales(config, self.agent, seed["levels"])
         self.driver = Driver(self.agent, self.envs, generator(self.device, seed["act"]))
@@ -261,11 +262,15 @@ def generator(device: torch.device, seed: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-def precision(config: Config, device: torch.device) -> str:
-    """float32 or bfloat16; `auto` takes bfloat16 where the device has tensor cores for it."""
+def precision(config: Config, device: torch.device, images: bool) -> str:
+    """float32 or bfloat16; `auto` takes bfloat16 where the device multiplies it faster.
+
+    On a CPU that is for convolutions, on processors that have instructions for it.
+    """
     if config.precision != "auto":
         return config.precision
-    return "bfloat16" if device.type == "cuda" else "float32"
+    able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if device.type == "cuda" or (images and able) else "float32"
 
 
 def threads(config: Config) -> int:

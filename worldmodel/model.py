@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nested import fast as fast_state
 from worldmodel.encoder import Decoder, Encoder
 from worldmodel.heads import Binary, Draws, TwoHot, kl
+from worldmodel.nets import at_least_float32, exact_on_cpu
 from worldmodel.rssm import RSSM, MemoryUse, Posterior
 from worldmodel.types import Batch, Carry, Latent
 
@@ -59,8 +60,9 @@ class WorldModel(nn.Module):
         """Filter (B, T, ...) rows from `carry`; any split of T gives the same result."""
         forget = torch.zeros_like(batch.first) if self.forget == "never" else batch.first
         tokens = self.encoder(batch.obs)
-        rows = (tokens, batch.action, batch.first, forget)
-        return self.dynamics.observe(carry, *rows, use, generator)
+        with exact_on_cpu(tokens):
+            rows = (at_least_float32(tokens), batch.action, batch.first, forget)
+            return self.dynamics.observe(carry, *rows, use, generator)
 
     def losses(self, batch: Batch, posterior: Posterior) -> dict[str, Tensor]:
         """Every loss of the world model, unreduced: {name: (B, T)}."""

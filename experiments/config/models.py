@@ -214,7 +214,8 @@ class Config(Frozen):
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of every random generator")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: float32 on a CPU, bfloat16 on CUDA"
+        default="auto",
+        description="auto: bfloat16 on CUDA, and for images on a CPU with instructions for it",
     )
     threads: int = Field(default=0, ge=0, description="torch threads; 0 chooses")
     frames: Count = Field(default=24_000, description="environment steps of the whole run")
