@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from agents import Dreamer, make_actor
 from experiments.config import Config, ConfigError, LevelConfig, Part, levels_of
 from experiments.config.levels import DescendConfig, PullConfig
-from nested import DeltaMemory, GatedDeltaMemory
+from nested import (
+    TTTMLP,
+    ContinuumMemory,
+    DeltaMemory,
+    GatedDeltaMemory,
+    HebbMemory,
+    HopeBlock,
+    NeuralMemory,
+    RLSMemory,
+    TTTLinear,
+)
 from timescales import REST, Descend, Every, Level, Pull, Relax, Reset, Timescales, presets, rules
 from worldmodel import (
     RSSM,
@@ -27,7 +37,17 @@ from worldmodel import (
 )
 
 SLOW_CRITIC = "slow_critic"
-MEMORIES = {"delta": DeltaMemory, "gated_delta": GatedDeltaMemory}
+MEMORIES = {
+    "hebb": HebbMemory,
+    "delta": DeltaMemory,
+    "gated_delta": GatedDeltaMemory,
+    "neural": NeuralMemory,
+    "ttt_linear": TTTLinear,
+    "ttt_mlp": TTTMLP,
+    "continuum": ContinuumMemory,
+    "hope": HopeBlock,
+    "rls": RLSMemory,
+}
 
 
 def device_of(config: Config) -> torch.device:
@@ -103,8 +123,11 @@ def _memory(config: Config) -> nn.Module | None:
     memory = config.model.memory
     if memory.kind == "none":
         return None
+    settings = memory.model_dump(exclude={"kind", "forget", "imagine"})
+    if "forget_rate" in settings:
+        settings["forget"] = settings.pop("forget_rate")
     hidden = config.model.hidden
-    return MEMORIES[memory.kind](3 * hidden, hidden, memory.dim, memory.heads)
+    return MEMORIES[memory.kind](3 * hidden, hidden, **settings)
 
 
 def loss_scales(config: Config, obs_spec: Mapping[str, ObsSpec]) -> dict[str, float]:

@@ -79,6 +79,12 @@ class _Memory(Frozen):
     )
 
 
+class HebbMemory(_Memory):
+    """Hebb's rule: pairs add up and fade."""
+
+    kind: Literal["hebb"] = "hebb"
+
+
 class DeltaMemory(_Memory):
     """Delta rule: overwrite what a key recalls (DeltaNet)."""
 
@@ -91,7 +97,71 @@ class GatedDeltaMemory(_Memory):
     kind: Literal["gated_delta"] = "gated_delta"
 
 
-MemoryConfig = Annotated[NoMemory | DeltaMemory | GatedDeltaMemory, Field(discriminator="kind")]
+class NeuralMemory(_Memory):
+    """A two-layer network that learns by momentum and forgets (Titans)."""
+
+    kind: Literal["neural"] = "neural"
+    hidden: Count = Field(default=64, description="width of the network's inner layer")
+    momentum: Rate | None = Field(default=None, description="share of past surprise; null: none")
+    forget_rate: Rate | None = Field(default=0.02, description="share forgotten a step at first")
+    chunk: Count = Field(default=1, description="steps that share the weights of their gradients")
+    residual: bool = Field(default=False, description="the network adds to its input")
+
+
+class TTTLinearMemory(_Memory):
+    """A linear model trained at test time (TTT-Linear)."""
+
+    kind: Literal["ttt_linear"] = "ttt_linear"
+    chunk: Count = Field(default=16, description="steps that share the weights of their gradients")
+    rate: float = Field(default=1.0, gt=0, description="inner learning rate")
+
+
+class TTTMLPMemory(_Memory):
+    """A two-layer network trained at test time (TTT-MLP)."""
+
+    kind: Literal["ttt_mlp"] = "ttt_mlp"
+    hidden: Count = Field(default=128, description="width of the network's inner layer")
+    chunk: Count = Field(default=16, description="steps that share the weights of their gradients")
+    rate: float = Field(default=0.1, gt=0, description="inner learning rate")
+
+
+class ContinuumMemory(_Memory):
+    """A chain of networks, each slower than the last (CMS)."""
+
+    kind: Literal["continuum"] = "continuum"
+    hidden: Count = Field(default=64, description="width of each network's inner layer")
+    chunks: tuple[Count, ...] = Field(default=(1, 4, 16), description="steps between updates")
+
+
+class HopeMemory(_Memory):
+    """A memory that makes its own keys, values and rates, then a chain of slower ones (Hope)."""
+
+    kind: Literal["hope"] = "hope"
+    hidden: Count = Field(default=64, description="width of each network's inner layer")
+    chunk: Count = Field(default=1, description="steps that share the weights of their gradients")
+    chunks: tuple[Count, ...] = Field(default=(1, 4, 16), description="steps between updates")
+    forget_rate: Rate = Field(default=0.02, description="share forgotten a step at first")
+
+
+class RLSMemory(_Memory):
+    """Recursive least squares: the exact learner of a linear answer."""
+
+    kind: Literal["rls"] = "rls"
+
+
+MemoryConfig = Annotated[
+    NoMemory
+    | HebbMemory
+    | DeltaMemory
+    | GatedDeltaMemory
+    | NeuralMemory
+    | TTTLinearMemory
+    | TTTMLPMemory
+    | ContinuumMemory
+    | HopeMemory
+    | RLSMemory,
+    Field(discriminator="kind"),
+]
 
 
 class ModelConfig(Frozen):

@@ -14,6 +14,7 @@ from torch import Tensor
 from agents import Dreamer
 from experiments import load_config, make_envs
 from experiments.build import (
+    MEMORIES,
     SLOW_CRITIC,
     build_agent,
     build_timescales,
@@ -168,3 +169,14 @@ def test_levels_that_do_not_fit_are_told_by_name(pattern, told):
         build_timescales(config, agent_of(config))
     assert found.value.field.startswith("timescales.levels")
     assert found.value.suggestion
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MEMORIES if kind != "gated_delta"])
+def test_every_memory_learns_inside_the_agent(kind: str):
+    config = configure("plain", f"model.memory.kind={kind}", "model.memory.dim=8")
+    agent, batch = agent_of(config), next(batches())
+    slow = {name: p.detach().clone() for name, p in agent.critic.named_parameters()}
+    backward(agent, batch, slow, torch.Generator().manual_seed(0))
+    memory = agent.world.dynamics.memory
+    grads = [p.grad for p in memory.parameters() if p.grad is not None]
+    assert grads and all(g.isfinite().all() for g in grads) and any(g.any() for g in grads)
