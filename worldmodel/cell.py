@@ -90,6 +90,32 @@ def recur(w: Weights, deter: Tensor, x: Tensor, recalled: Tensor | None, bias: T
     return torch.lerp(deter.view_as(update), candidate, update).flatten(1)
 
 
+def advance(w: Weights, deter: Tensor, x: Tensor, recalled: Tensor | None, bias: Tensor) -> Tensor:
+    """`recur` where no gradient is wanted: in place, and the blocks stay apart until the end."""
+    mixed = addmm(bias, x, w.mix_state).add_(block_matmul(deter, w.mix_deter))
+    if recalled is not None:
+        mixed = addmm(mixed, recalled, w.mix_memory)
+    hidden = apart(w, F.silu(rms(mixed, w.mix_scale), inplace=True))
+    gates = torch.matmul(hidden, w.gates)
+    gates = gates.add_(w.gates_bias.view(*w.gates.shape[:-2], 1, -1).to(gates.dtype))
+    reset, candidate, update = gates.unflatten(-1, (3, -1)).unbind(-2)
+    candidate = candidate.mul_(reset.sigmoid_()).tanh_()
+    new = torch.empty_like(deter)
+    torch.lerp(
+        apart(w, deter),
+        candidate.to(deter.dtype),
+        update.sub_(1).sigmoid_().to(deter.dtype),
+        out=apart(w, new),
+    )
+    return new
+
+
+def apart(w: Weights, x: Tensor) -> Tensor:
+    """x (B, G * n) by blocks, as `Weights.gates` has them in front: a view (G, B, n)."""
+    groups = w.gates.shape[:-3]
+    return x.view(*groups, -1, w.blocks, x.shape[-1] // w.blocks).transpose(-2, -3)
+
+
 def infer(
     w: Weights, draw: Draw, deter: Tensor, seen: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -91,24 +91,25 @@ def max_pool(x: Tensor) -> Tensor:
 class MaxPool(torch.autograd.Function):
     """`max_pool` that keeps a byte for each comparison, where torch keeps its input and indices.
 
-    Of equal values the first in reading order wins, as in torch.
+    Of equal values the upper wins, then the left one; in torch the left, then the upper one.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         n, height, width, channels = x.shape
-        left, right = x.view(n, height, width // 2, 2, channels).unbind(3)
-        upper, lower = torch.maximum(left, right).view(n, height // 2, 2, -1).unbind(2)
-        ctx.save_for_backward(left < right, upper < lower)
-        return torch.maximum(upper, lower).view(n, height // 2, width // 2, channels)
+        upper, lower = x.view(n, height // 2, 2, width * channels).unbind(2)
+        column = torch.maximum(upper, lower).view(n, height // 2, width // 2, 2, channels)
+        left, right = column.unbind(3)
+        ctx.save_for_backward(upper < lower, left < right)
+        return torch.maximum(left, right)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore
-        right, lower = ctx.saved_tensors
+        lower, right = ctx.saved_tensors
         n, height, width, channels = right.shape
-        rows = _parted(grads[0].reshape(lower.shape), lower, 2).view(right.shape)
-        return _parted(rows, right, 3).view(n, height, 2 * width, channels)
+        columns = _parted(grads[0], right, 3).view(lower.shape)
+        return _parted(columns, lower, 2).view(n, 2 * height, 2 * width, channels)
 
 
 def _parted(grad: Tensor, second: Tensor, axis: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nested import fast as fast_state
-from worldmodel.cell import Draw, Plain, Tape, Weights, enter, recur
+from worldmodel.cell import Draw, Plain, Tape, Weights, advance, enter
 from worldmodel.heads import Draws, race, sample, unimix
 from worldmodel.nets import MLP, BlockLinear, Dense, RMSNorm, affine
 from worldmodel.types import Carry, Latent
@@ -163,7 +163,7 @@ class RSSM(nn.Module):
             embed, bias = self._embed(action, shares)
             deter, x = enter(weights, deter, stoch.flatten(1), keep)
             recalled, fast = recall(x, embed, fast)
-            deter = recur(weights, deter, x, recalled, bias)
+            deter = advance(weights, deter, x, recalled, bias)
             stoch = sample(self.prior(deter), noise[h])
             actions.append(action)
         last = torch.cat([deter, stoch.flatten(1)], -1)

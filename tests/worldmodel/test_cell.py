@@ -8,7 +8,7 @@ import torch
 
 from tests.worldmodel.small import DISCRETE, make_agent, make_batch
 from worldmodel import RSSM, Carry
-from worldmodel.cell import Plain, Tape
+from worldmodel.cell import Plain, Tape, advance, enter, recur
 
 
 def rssm(memory: bool, blocks: int, readable: bool) -> RSSM:
@@ -95,3 +95,21 @@ def test_a_graph_is_freed_with_its_last_reference(backward: bool):
         assert held() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("memory", [False, True], ids=["plain", "memory"])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_advancing_in_place_is_the_readable_step(memory: bool, blocks: int):
+    dynamics = rssm(memory, blocks, readable=True)
+    weights, _ = dynamics._hoist()
+    g = torch.Generator().manual_seed(5)
+    deter = torch.randn(6, 16, generator=g, dtype=torch.float64)
+    stoch = torch.randn(6, 12, generator=g, dtype=torch.float64)
+    bias = torch.randn(6, 16, generator=g, dtype=torch.float64)
+    recalled = torch.randn(6, 8, generator=g, dtype=torch.float64) if memory else None
+    with torch.no_grad():
+        _, x = enter(weights, deter, stoch, deter.new_ones(()))
+        before = [t.clone() for t in (deter, x, bias)]
+        expected = recur(weights, deter, x, recalled, bias)
+        torch.testing.assert_close(advance(weights, deter, x, recalled, bias), expected)
+        assert all(torch.equal(a, b) for a, b in zip((deter, x, bias), before, strict=True))

