@@ -24,7 +24,7 @@ DEFAULT = "default"  # the context of an environment that has none
 
 def contexts_of(config: Config) -> list[str]:
     """The distinct contexts to evaluate in, in the order in which they come up."""
-    return list(dict.fromkeys(config.env.contexts)) or [DEFAULT]
+    return list(dict.fromkeys(config.evaluate.contexts or config.env.contexts)) or [DEFAULT]
 
 
 def evaluate(

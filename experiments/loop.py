@@ -242,7 +242,8 @@ class Loop:
         self.envs.close()
         self.run.finish(ends.get(kind, "failed"))
         try:
-            self.draw(finished=kind is None)
+            if self.config.tracking.pictures:
+                self.draw(finished=kind is None)
         finally:
             if self._uploader is not None:
                 self._uploader.finish()

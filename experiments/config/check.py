@@ -57,11 +57,13 @@ def _replay(config: Config) -> None:
             f"a sequence has {replay.length}",
             f"use at least {num * replay.length}, or a smaller replay.length",
         )  # fmt: skip
-    if num * replay.length > replay.capacity:
+    parts = 2 if replay.kind == "mixed" else 1
+    if parts * num * replay.length > replay.capacity:
+        where = " in each of its halves" if parts > 1 else ""
         raise ConfigError(
             "replay.capacity", replay.capacity,
-            f"holds no sequence of {replay.length} for each of {num} slots",
-            f"use at least {num * replay.length}",
+            f"holds no sequence of {replay.length} for each of {num} slots{where}",
+            f"use at least {parts * num * replay.length}",
         )  # fmt: skip
 
 

@@ -240,7 +240,15 @@ class Reservoir(_Replay):
     kind: Literal["reservoir"] = "reservoir"
 
 
-ReplayConfig = Annotated[Fifo | Reservoir, Field(discriminator="kind"), default_kind("fifo")]
+class Mixed(_Replay):
+    """Half the newest frames, half a uniform sample of everything seen; so is every batch."""
+
+    kind: Literal["mixed"] = "mixed"
+
+
+ReplayConfig = Annotated[
+    Fifo | Reservoir | Mixed, Field(discriminator="kind"), default_kind("fifo")
+]
 
 
 class TrainConfig(Frozen):
@@ -253,6 +261,9 @@ class EvaluateConfig(Frozen):
         default=1000, ge=0, description="frames between evaluations; 0 is only at the end"
     )
     episodes: Count = Field(default=32, description="episodes of an evaluation, in each context")
+    contexts: tuple[str, ...] = Field(
+        default=(), description="hidden contexts to evaluate in; [] is those of env.contexts"
+    )
 
 
 class LogConfig(Frozen):
@@ -271,6 +282,7 @@ class TrackingConfig(Frozen):
     uri: str = Field(default="sqlite:///mlflow.db", description="MLflow's tracking store")
     experiment: str | None = Field(default=None, description="MLflow experiment; null is `name`")
     root: str = Field(default="runs", description="folder of the runs' folders")
+    pictures: bool = Field(default=True, description="draw the report and a prediction at the end")
 
 
 class Config(Frozen):

@@ -1,4 +1,4 @@
-"""Replay: chunks of rows in numpy arrays, first-in-first-out or a reservoir over all ever seen.
+"""Replay: chunks of rows in numpy arrays, the newest, a reservoir over all ever seen, or both.
 
 A chunk holds `length` consecutive rows of one slot, across episodes where they end, with the carry
 that the agent had before its first row. All slots fill their chunk together, so a row costs one
@@ -7,34 +7,53 @@ writes only the chunks that are new.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from experiments.envs.rows import Row
 
 Arrays = dict[str, np.ndarray]
+Kind = Literal["fifo", "reservoir", "mixed"]
+SHARES: dict[str, tuple[str, ...]] = {"mixed": ("fifo", "reservoir")}  # parts of equal size
+
+
+class Part(NamedTuple):
+    """A stretch of the stored chunks that is filled by one rule and sampled evenly."""
+
+    rule: str  # fifo or reservoir
+    start: int
+    size: int
 
 
 class Replay:
     """Stores `capacity` frames as chunks of `length` rows; samples uniformly over chunks.
 
-    `reservoir` keeps a uniform sample of all chunks ever seen (algorithm R, Vitter 1985).
+    `reservoir` keeps a uniform sample of all chunks ever seen (algorithm R, Vitter 1985). `mixed`
+    halves the capacity and every batch between the newest chunks and a reservoir; a chunk may be in
+    both (WMAR, arXiv 2401.16650).
     """
 
     def __init__(
         self,
-        kind: Literal["fifo", "reservoir"],
+        kind: Kind,
         capacity: int,
         length: int,
         seed: int = 0,
     ):
-        if kind not in ("fifo", "reservoir"):
-            raise ValueError(f"replay kind {kind!r} is unknown; choose fifo or reservoir")
-        if length < 1 or capacity < length:
-            raise ValueError(f"replay of {capacity} frames can not hold a chunk of {length} rows")
+        if kind not in get_args(Kind):
+            raise ValueError(
+                f"replay kind {kind!r} is unknown; choose {' or '.join(get_args(Kind))}"
+            )
+        rules = SHARES.get(kind, (kind,))
+        if length < 1 or capacity < length * len(rules):
+            each = f" for each of its {len(rules)} parts" if len(rules) > 1 else ""
+            raise ValueError(
+                f"replay of {capacity} frames can not hold a chunk of {length} rows{each}"
+            )
         self.kind, self.length = kind, length
         self.chunks = capacity // length
+        self.parts = parts(rules, self.chunks)
         self.seen = 0  # chunks completed so far, kept or not
         self._rng = np.random.default_rng(seed)
         self._cursor = 0  # row of the next add inside the chunks that are being filled
@@ -45,7 +64,7 @@ class Replay:
         self._buffers: list[Arrays] = [{}, {}]
 
     def __len__(self) -> int:
-        return min(self.seen, self.chunks)
+        return sum(self._known(part) for part in self.parts)
 
     @property
     def frames(self) -> int:
@@ -53,8 +72,8 @@ class Replay:
         return len(self) * self.length
 
     def ready(self, batch: int) -> bool:
-        """Whether there are `batch` different chunks, or as many as fit."""
-        return len(self) >= min(batch, self.chunks)
+        """Whether `batch` chunks have been seen, or as many as fit."""
+        return self.seen >= min(batch, self.chunks)
 
     def add(self, row: Row, carry: Callable[[], Arrays] | Arrays) -> None:
         """Adds one row of N slots; `carry` (N, ...) is what the agent had before the row.
@@ -72,11 +91,16 @@ class Replay:
     def sample(self, batch: int) -> tuple[Arrays, Arrays]:
         """`batch` chunks, with replacement: columns (B, T, ...) and carries (B, ...).
 
-        The arrays are reused two calls later.
+        The chunks of one part follow those of another. The arrays are reused two calls later.
         """
         if not len(self):
             raise RuntimeError("replay is empty: add at least one whole chunk before sampling")
-        places = self._rng.integers(len(self), size=batch)
+        places = np.concatenate(
+            [
+                part.start + self._rng.integers(self._known(part), size=size)
+                for part, size in zip(self.parts, split(batch, len(self.parts)), strict=True)
+            ]
+        )
         self._buffers.reverse()
         buffers = self._buffers[0]
         for name, stored in self._store.items():
@@ -112,7 +136,7 @@ class Replay:
         if not self._changed:
             return None, False
         compact = self._logged + len(self._changed) > 2 * self.chunks
-        places = np.arange(len(self)) if compact else np.array(sorted(self._changed))
+        places = self.places() if compact else np.array(sorted(self._changed))
         self._logged = len(places) if compact else self._logged + len(places)
         self._changed.clear()
         return {"place": places, **{k: v[places] for k, v in self._store.items()}}, compact
@@ -126,6 +150,14 @@ class Replay:
                 self._store[name][journal["place"]] = value
         self._changed.clear()
         self._logged = sum(len(journal["place"]) for journal in journals)
+
+    def places(self) -> np.ndarray:
+        """Where in the store there are chunks, (len(self),) int64."""
+        found = [part.start + np.arange(self._known(part)) for part in self.parts]
+        return np.concatenate(found)
+
+    def _known(self, part: Part) -> int:
+        return min(self.seen, part.size)
 
     def _shape(self) -> dict[str, Any]:
         return {"kind": self.kind, "chunks": self.chunks, "length": self.length}
@@ -144,24 +176,25 @@ class Replay:
 
     def _flush(self) -> None:
         self._allocate(self._partial)
-        slots = len(self._partial["reward"])
-        places = [self._place() for _ in range(slots)]
-        for slot, place in enumerate(places):
-            if place is not None:
-                for name, value in self._partial.items():
-                    self._store[name][place] = value[slot]
-                self._changed.add(place)
+        placed = [(slot, p) for slot in range(len(self._partial["reward"])) for p in self._next()]
+        for slot, place in placed:
+            for name, value in self._partial.items():
+                self._store[name][place] = value[slot]
+            self._changed.add(place)
         self._cursor = 0
 
-    def _place(self) -> int | None:
-        """Where the next chunk goes; None if the reservoir lets it pass."""
+    def _next(self) -> list[int]:
+        """Where the next chunk goes: a place for each part that takes it."""
         self.seen += 1
-        if self.seen <= self.chunks:
-            return self.seen - 1
-        if self.kind == "fifo":
-            return (self.seen - 1) % self.chunks
+        drawn = [self._place(part) for part in self.parts]
+        return [place for place in drawn if place is not None]
+
+    def _place(self, part: Part) -> int | None:
+        """Where in a part the newest chunk goes; None if the reservoir lets it pass."""
+        if self.seen <= part.size or part.rule == "fifo":
+            return part.start + (self.seen - 1) % part.size
         place = int(self._rng.integers(self.seen))
-        return place if place < self.chunks else None
+        return part.start + place if place < part.size else None
 
     def _allocate(self, like: Arrays) -> None:
         if not self._store:
@@ -169,6 +202,17 @@ class Replay:
                 name: np.empty((self.chunks, *value.shape[1:]), value.dtype)
                 for name, value in like.items()
             }
+
+
+def split(total: int, count: int) -> list[int]:
+    """`total` in `count` shares that differ by one at most, the larger first."""
+    return [(total + count - 1 - i) // count for i in range(count)]
+
+
+def parts(rules: Sequence[str], chunks: int) -> tuple[Part, ...]:
+    """One part for each rule, side by side, of equal sizes."""
+    sizes = split(chunks, len(rules))
+    return tuple(Part(rule, sum(sizes[:i]), sizes[i]) for i, rule in enumerate(rules))
 
 
 def _columns(row: Row) -> Arrays:

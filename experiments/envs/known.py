@@ -48,7 +48,8 @@ def check_env(config: Config) -> None:
             _need(name, package, install)
     if name not in OWN and ":" not in name:
         _registered(name)
-    _contexts(name, config.env.contexts)
+    _contexts(name, "env.contexts", config.env.contexts)
+    _contexts(name, "evaluate.contexts", config.evaluate.contexts)
     if name in NATIVE:
         _native(config)
 
@@ -84,20 +85,20 @@ def registry(extras: Iterable[str] = ()) -> dict[str, str]:
     return {name: str(spec.entry_point) for name, spec in registered.items()}
 
 
-def _contexts(name: str, contexts: tuple[str, ...]) -> None:
+def _contexts(name: str, field: str, contexts: tuple[str, ...]) -> None:
     known = OWN.get(name, ())
     if contexts and not known:
         having = ", ".join(own for own, names in OWN.items() if names)
         raise ConfigError(
-            "env.contexts", list(contexts), f"{name} has no hidden contexts",
-            f"use env.contexts=[], or one of {having}",
+            field, list(contexts), f"{name} has no hidden contexts",
+            f"use {field}=[], or one of {having}",
         )  # fmt: skip
     for i, context in enumerate(contexts):
         if context not in known:
             near = nearest(context, known)
             listed = f"one of {', '.join(known)}"
             raise ConfigError(
-                f"env.contexts.{i}", context, f"no such context of {name}",
+                f"{field}.{i}", context, f"no such context of {name}",
                 f"did you mean {near}? ({listed})" if near else listed,
             )  # fmt: skip
 

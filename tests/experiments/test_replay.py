@@ -1,7 +1,7 @@
 """Replay: what is kept, where carries come from, uniform draws, no aliases, exact continuation."""
 
 import json
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,10 @@ from experiments.envs.rows import Row
 from tests.fakes import telltale_slot, told_seed
 
 SLOTS, LENGTH = 3, 4
-KINDS = ("fifo", "reservoir")
+KINDS = ("fifo", "reservoir", "mixed")
 
 
+@cache
 def row(time: int) -> Row:
     """A row that tells its time and slot in every column."""
     told = time * 10 + np.arange(SLOTS)
@@ -34,6 +35,7 @@ def row(time: int) -> Row:
     )
 
 
+@cache
 def carry(time: int) -> Arrays:
     return {"latent.deter": (time * 10 + np.arange(SLOTS, dtype=np.float64))[:, None] + 0.5}
 
@@ -46,7 +48,7 @@ def fill(replay: Replay, start: int, stop: int) -> Replay:
 
 def contents(replay: Replay) -> np.ndarray:
     """What the first row of each stored chunk tells, by place."""
-    return replay._store["reward"][: len(replay), 0]
+    return replay._store["reward"][replay.places(), 0]
 
 
 def through_json(state: Any) -> Any:
@@ -107,7 +109,40 @@ def test_reservoir_keeps_every_chunk_with_equal_probability():
     assert abs(kept[:10].mean() - expected) < 5, "the first chunks fare no better than others"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_mixed_is_the_newest_and_a_reservoir_of_everything():
+    kept = np.zeros(30)
+    for seed in range(100):
+        replay = fill(Replay("mixed", 48, LENGTH, seed), 0, 40)  # 6 and 6 of 30 chunks
+        index = (contents(replay) // 40 * SLOTS + contents(replay) % 10).astype(int)
+        assert sorted(index[:6]) == [24, 25, 26, 27, 28, 29]
+        assert len(set(index[6:])) == 6
+        kept[index[6:]] += 1
+    expected = 100 * 6 / 30
+    assert np.abs(kept - expected).max() < 4.5 * np.sqrt(expected * (4 / 5))
+    assert abs(kept[:10].mean() - expected) < 5, "old or new makes no difference"
+
+
+def test_half_of_a_mixed_batch_is_new_and_each_half_is_drawn_evenly():
+    replay = fill(Replay("mixed", 44, LENGTH), 0, 90)  # 6 of the newest, 5 of 66
+    told = replay.sample(21)[0]["reward"][:, 0]
+    assert np.isin(told[:11], contents(replay)[:6]).all()
+    assert np.isin(told[11:], contents(replay)[6:]).all()
+    told = replay.sample(20_000)[0]["reward"][:, 0]
+    for drawn, part in ((told[:10_000], slice(6)), (told[10_000:], slice(6, 11))):
+        counts = np.array([np.sum(drawn == one) for one in contents(replay)[part]])
+        share = 1 / len(counts)
+        assert counts.sum() == 10_000
+        assert np.abs(counts - 10_000 * share).max() < 4.5 * np.sqrt(10_000 * share * (1 - share))
+
+
+def test_a_mixed_replay_fills_both_halves_from_the_first_chunk_on():
+    replay = fill(Replay("mixed", 50, LENGTH), 0, LENGTH)
+    assert (len(replay), replay.seen, list(replay.places())) == (6, 3, [0, 1, 2, 6, 7, 8])
+    assert replay.ready(3) and not replay.ready(4), "a chunk in both halves is one"
+    assert len(fill(replay, LENGTH, 40)) == replay.chunks == 12
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
 def test_draws_are_uniform_over_chunks(kind: Any):
     replay = fill(Replay(kind, 40, LENGTH), 0, 60)
     drawn = replay.sample(20_000)[0]["reward"][:, 0]
@@ -198,6 +233,8 @@ def test_mistakes_name_the_thing():
         Replay("lifo", 10, 2)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="3 frames can not hold a chunk of 4"):
         Replay("fifo", 3, 4)
+    with pytest.raises(ValueError, match="chunk of 4 rows for each of its 2 parts"):
+        Replay("mixed", 7, 4)
     with pytest.raises(RuntimeError, match="replay is empty"):
         Replay("fifo", 10, 2).sample(1)
     state = Replay("fifo", 10, 2).state_dict()
