@@ -168,6 +168,7 @@ class Loop:
         if self.ended["episodes"]:
             for key in ("return", "length"):
                 metrics[f"train/{key}"] = self.ended[key] / self.ended["episodes"]
+            metrics["train/episodes"] = self.ended["episodes"]
         metrics |= self.timescales.metrics() | self._speed()
         self.run.log(self.frame, metrics)
         self.ended = {"return": 0.0, "length": 0.0, "episodes": 0}

@@ -5,11 +5,12 @@ not change the shape of an agent or the number of updates; each has its own fold
 checkpoints, and learns what it would have learned alone, to rounding.
 """
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import reduce
 from operator import getitem
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -28,7 +29,18 @@ SAME = (
 )  # fmt: skip
 
 
-def train_together(configs: Sequence[Config]) -> list[Path]:
+class Watch(Protocol):
+    """Sees the first of the runs go on; `Progress` is one."""
+
+    def show(self, frame: int, metrics: Mapping[str, float]) -> None:
+        """What was just reported, or evaluated."""
+        ...
+
+
+def train_together(
+    configs: Sequence[Config],
+    watch: Callable[[Path, Config], AbstractContextManager[Watch]] = Progress,
+) -> list[Path]:
     """Train runs of one shape side by side; returns their folders.
 
     Raises ConfigError where they cannot run in step.
@@ -36,7 +48,7 @@ def train_together(configs: Sequence[Config]) -> list[Path]:
     check(configs)
     loops = [Loop.start(config) for config in configs]
     lead, group = loops[0], Group([loop.agent for loop in loops])
-    with Progress(lead.run.path, lead.config) as progress, ExitStack() as stack:
+    with watch(lead.run.path, lead.config) as progress, ExitStack() as stack:
         for loop in loops:
             stack.enter_context(loop)
         while not lead.done:

@@ -1,4 +1,4 @@
-"""What is learned, kept and lost: `nested bench continual --tier smoke|laptop`.
+"""What is learned, kept and lost: `nested bench continual --tier smoke|laptop|overnight`.
 
 Streams of tasks, methods and controls, several seeds: R after every task, forgetting, transfer,
 plasticity and cost, with intervals; comparisons are paired by seed. A suite that is killed goes on
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from experiments.benchmarks import metrics, plasticity, statistics
+from experiments.benchmarks.agent_cells import AGENT, STREAM
+from experiments.benchmarks.agent_methods import AGENT_METHODS
 from experiments.benchmarks.baselines import METHODS
 from experiments.benchmarks.board import Board, table
 from experiments.benchmarks.cells import Cell, Family, Result, collect, run_cells
@@ -25,10 +27,16 @@ from experiments.benchmarks.supervised_cells import SUPERVISED
 from experiments.config import ConfigError, nearest
 
 REFERENCE = "fresh"  # the method that is the reference of transfer and of fresh_gap
-CONTROLS = {"k3": ("k3_rates", "accumulate")}  # what it must beat besides plain
+# What a method must beat besides plain.
+CONTROLS = {
+    "k3": ("k3_rates", "accumulate"),
+    "k3_fast": ("plain_fast", "k3"),
+    "mixed": ("reservoir",),
+}
 SYMPTOMS = ("dormant", "erank", "srank", "weight_norm")
 NORMALISED = ("AP_final", "AP_any", "ALA", "F")
 PAIRED = ("AP_final", "ALA", "F", "online", "auc")
+BY_TASK = ("online", "auc", "adapt")  # means over tasks, where a family gives them
 
 
 class Plan(NamedTuple):
@@ -41,24 +49,31 @@ class Plan(NamedTuple):
 
 
 # Who runs the cells of a stream. Other kinds of streams add themselves here and to TIERS.
-FAMILIES: dict[str, Family] = dict.fromkeys(NAMES, SUPERVISED)
+FAMILIES: dict[str, Family] = {**dict.fromkeys(NAMES, SUPERVISED), STREAM: AGENT}
 
 DEEP = tuple(name for name in METHODS if name != "k2")
 SHALLOW = ("plain", "k2", "l2_init", "shrink_perturb", "redo", "cbp", "hare_tortoise", "fresh")
 ONE_LAYER = {"hidden": [5], "batch": 1, "lr": 0.01, "redo_every": 500}
+AGENTS = ("plain", "reservoir", "mixed", "k3", "k3_rates", "accumulate", "k3_fast", "fresh")
+LAPTOP = (
+    Plan("cl/PermutedDigits-v0", DEEP, 20, {"samples": 3000}),
+    Plan("cl/MNIST5k-v0", DEEP, 20, {"samples": 4000, "lr": 0.05}),
+    Plan("cl/SlowRegression-v0", SHALLOW, 30, {"tasks": 20, "samples": 2000, **ONE_LAYER}),
+)
 TIERS = {
     "smoke": (
         Plan("cl/PermutedDigits-v0", DEEP, 5, {"tasks": 4}),
+        Plan(  # that it runs from end to end: no claim
+            STREAM, ("plain", "k3"), 2,
+            {"tasks": 2, "frames": 160, "every": 160, "episodes": 4, "prefill": 128},
+        ),
         Plan(
             "cl/SlowRegression-v0", ("plain", "k2", "fresh"), 8,
             {"tasks": 4, "samples": 1000, **ONE_LAYER},
         ),
     ),
-    "laptop": (
-        Plan("cl/PermutedDigits-v0", DEEP, 20, {"samples": 3000}),
-        Plan("cl/MNIST5k-v0", DEEP, 20, {"samples": 4000, "lr": 0.05}),
-        Plan("cl/SlowRegression-v0", SHALLOW, 30, {"tasks": 20, "samples": 2000, **ONE_LAYER}),
-    ),
+    "laptop": (Plan(STREAM, AGENTS, 10, {}), *LAPTOP),
+    "overnight": (Plan(STREAM, tuple(AGENT_METHODS), 20, {}), *LAPTOP),
 }  # fmt: skip
 # What a tier must show, or the command fails: stream, method, metric, more than.
 GATES = {
@@ -66,7 +81,8 @@ GATES = {
         ("cl/PermutedDigits-v0", "plain", "ALA", 0.6),
         ("cl/SlowRegression-v0", "plain", "online", 0.0),  # 0 knows only the mean
     ),
-    "laptop": (("cl/PermutedDigits-v0", "plain", "ALA", 0.6),),
+    "laptop": (("cl/PermutedDigits-v0", "plain", "ALA", 0.6), (STREAM, "plain", "ALA", 0.6)),
+    "overnight": (("cl/PermutedDigits-v0", "plain", "ALA", 0.6), (STREAM, "plain", "ALA", 0.6)),
 }
 
 
@@ -77,7 +93,7 @@ def numbers(result: Result, fresh: Result | None) -> dict[str, np.ndarray]:
     Signs of plasticity are those after the last task; regret is in tasks' worth of score.
     """
     found = dict(metrics.of_scores(result.scores))
-    found |= {name: result.by_task[name].mean(1) for name in ("online", "auc")}
+    found |= {name: result.by_task[name].mean(1) for name in BY_TASK if name in result.by_task}
     found |= {name: values[:, -1] for name, values in result.by_task.items() if name in SYMPTOMS}
     if fresh is not None:
         own, ref = result.by_task["auc"], fresh.by_task["auc"]
@@ -217,11 +233,15 @@ def named(text: str | None, known: Iterable[str], option: str) -> tuple[str, ...
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    listed = "\n".join(f"  {name:<16}{method.line}" for name, method in METHODS.items())
+    lists = [
+        f"{what}:\n" + "\n".join(f"  {name:<16}{line}" for name, line in family.methods.items())
+        for what, family in (("methods", SUPERVISED), (f"methods on {STREAM}", AGENT))
+    ]
+    listed = "\n\n".join(lists)
     made = argparse.ArgumentParser(
         prog="nested bench continual",
         description=__doc__,
-        epilog=f"methods:\n{listed}\n\nexample:\n  nested bench continual --tier smoke "
+        epilog=f"{listed}\n\nexample:\n  nested bench continual --tier smoke "
         "--methods plain,k3,k3_rates lr=0.05",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

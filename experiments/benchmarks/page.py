@@ -1,7 +1,8 @@
 """The page of the continual-learning benchmark, a picture for each stream.
 
 Scores R as heatmaps, learning against forgetting in one plane, differences to plain paired by seed,
-and what each method costs: AP_final alone hides everything, so it never stands alone here.
+and what each method costs: AP_final alone hides everything, so it never stands alone here. Of an
+agent also its score in every context through all phases.
 """
 
 from collections.abc import Mapping
@@ -11,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.benchmarks.cells import Result
-from experiments.record.curves import FAINT, INK, PALETTE, spread
+from experiments.record.curves import FAINT, INK, PALETTE, SHADE, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ACROSS = 8  # heatmaps in a row
+COURSES = 4  # panels of curves in a row
 DIFFERENCES = ("AP_final", "ALA", "F")
 
 
@@ -31,33 +33,39 @@ def draw(
 
     paths = []
     for stream, found in summary.items():
-        scores = {method: results[stream, method].scores for method in found["methods"]}
+        own = {method: results[stream, method] for method in found["methods"]}
         path = folder / f"continual-{stream.rpartition('/')[2]}.png"
         with rc_context(STYLE):
-            figure = _page(stream, found, scores)
+            figure = _page(stream, found, own)
             figure.savefig(path, dpi=100, facecolor="white")
         paths.append(path)
     return paths
 
 
-def _page(stream: str, found: Mapping[str, Any], scores: Mapping[str, np.ndarray]) -> "Figure":
+def _page(stream: str, found: Mapping[str, Any], results: Mapping[str, Result]) -> "Figure":
     from matplotlib.figure import Figure
 
-    heights = -(-len(scores) // ACROSS)
-    rows = len(scores)
-    figure = Figure(figsize=(15, 1.9 * heights + 5.2 + 0.26 * rows), layout="constrained")
+    heights = -(-len(results) // ACROSS)
+    rows = len(results)
+    courses = {name: result for name, result in results.items() if "course" in result.arrays}
     ratios = [1.9 * heights + 0.5, 4.7, 0.26 * rows + 0.6]
-    maps, plots, costs = figure.subfigures(3, 1, squeeze=False, height_ratios=ratios)[:, 0]
+    if courses:
+        ratios.append(2.1 * -(-len(courses) // COURSES) + 0.5)
+    figure = Figure(figsize=(15, sum(ratios) - 0.6), layout="constrained")
+    parts = figure.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0]
+    maps, plots, costs = parts[:3]
     maps.suptitle(
         f"{stream}, {len(found['seeds'])} seeds: score on each task (across) after training on "
         "each task (down), mean over seeds; the first row is untrained",
         fontweight="bold", x=0.01, ha="left",
     )  # fmt: skip
-    _heatmaps(maps, scores)
+    _heatmaps(maps, {name: result.scores for name, result in results.items()})
     left, right = plots.subplots(1, 2, width_ratios=[1, 1.25])
     _plane(left, found["methods"])
     _differences(right, found["pairs"])
     _costs(costs.subplots(), found["methods"])
+    if courses:
+        _courses(parts[3], courses)
     return figure
 
 
@@ -73,6 +81,43 @@ def _heatmaps(figure: Any, scores: Mapping[str, np.ndarray]) -> None:
         axes.axis("off")
     if image is not None:
         figure.colorbar(image, ax=list(panels), shrink=0.8, pad=0.01)
+
+
+def _courses(figure: Any, results: Mapping[str, Result]) -> None:
+    """Scores in every context through the phases, a panel a method, all on one scale."""
+    figure.suptitle(
+        "score in each context while the phases go by: mean over seeds, and the middle half of "
+        "them; thicker in the phase that is of this context",
+        fontweight="bold", x=0.01, ha="left",
+    )  # fmt: skip
+    shape = (-(-len(results) // COURSES), COURSES)
+    panels = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True).ravel()
+    for axes, (method, result) in zip(panels, results.items(), strict=False):
+        _course(axes, result)
+        axes.set_title(method, fontsize=9.5, pad=15)
+    for axes in panels[len(results) :]:
+        axes.axis("off")
+
+
+def _course(axes: "Axes", result: Result) -> None:
+    """Bands are the phases, named by their context in its colour."""
+    course, frames = result.arrays["course"], result.arrays["frames"]
+    for i, context in enumerate(result.info["contexts"]):
+        start, end = i * frames[-1], (i + 1) * frames[-1]
+        axes.axvspan(start, end, color=SHADE if i % 2 == 0 else "white", linewidth=0)
+        axes.text(
+            (start + end) / 2, 1.02, context, ha="center", va="bottom", fontsize=7.5,
+            color=PALETTE[i], transform=axes.get_xaxis_transform(),
+        )  # fmt: skip
+        for phase in range(course.shape[1]):
+            x, y = phase * frames[-1] + frames, course[:, phase, :, i]
+            low, high = np.quantile(y, (0.25, 0.75), axis=0)
+            axes.fill_between(x, low, high, color=PALETTE[i], alpha=0.15, linewidth=0)
+            axes.plot(x, y.mean(0), color=PALETTE[i], linewidth=2.2 if phase == i else 1.0)
+    axes.set_xlim(0, course.shape[1] * frames[-1])
+    axes.set_ylim(0.0, 1.0)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.grid(axis="y")
 
 
 def _plane(axes: "Axes", methods: Mapping[str, Any]) -> None:

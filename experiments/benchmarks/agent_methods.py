@@ -1,0 +1,137 @@
+"""Ways for an agent to learn a stream, by name: each is a configuration and nothing else.
+
+Schedules of levels, kinds of replay, fast memories, published methods and the two controls that a
+claim about k timescales must beat. CLS-ER is left out: its averages matter only to one who acts
+with them or learns from them, and in a configuration nobody does.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from experiments.config import Config, load_config
+from experiments.envs.cartpole import NAMES
+
+POWER = 0.5  # a level of period n learns with lr * n**POWER
+LEVELS = {3: ("fast", "mid", "slow")}
+
+# What a cell may change, and what all methods share.
+FIELDS: dict[str, Any] = {
+    "tasks": len(NAMES),
+    "frames": 10_000,  # of each phase
+    "every": 1000,  # frames between evaluations
+    "episodes": 16,  # of an evaluation, in each context
+    "prefill": 1000,  # frames of random actions
+    "ratio": 40.0,  # replayed frames for each frame
+    "capacity": 4096,  # frames that a replay keeps, of whatever kind
+    "lr": 2.5e-4,
+    "base": 2,  # ratio of the periods of neighbouring levels
+    "l2_init": 1.0,  # the rate of decay toward the initial weights, in units of lr
+    "average": 0.005,  # rate of the tortoise
+    "return_every": 200,  # updates from one return of the hare to the next
+}
+
+Options = Mapping[str, Any]
+
+
+class AgentMethod(NamedTuple):
+    """A configuration: `changes` gives `field=value` for the options of a cell."""
+
+    line: str
+    changes: Callable[[Options], Sequence[str]] = lambda options: ()
+    fresh: bool = False  # a new agent for each task
+
+
+def configured(
+    method: AgentMethod, options: Options, contexts: Sequence[str], seed: int, root: str
+) -> Config:
+    """A run of this method through phases in these contexts, evaluated in all of the stream.
+
+    Raises ConfigError for options that cannot run.
+    """
+    stream = ",".join(NAMES[: options["tasks"]])
+    shared = [
+        f"seed={seed}", f"frames={options['frames'] * len(contexts)}",
+        f"env.contexts=[{','.join(contexts)}]", f"evaluate.contexts=[{stream}]",
+        f"evaluate.every={options['every']}", f"evaluate.episodes={options['episodes']}",
+        f"log.every={options['every']}", "checkpoint.every=0",
+        f"replay.capacity={options['capacity']}", "replay.batch=16", "replay.length=16",
+        f"train.ratio={options['ratio']}", f"train.prefill={options['prefill']}",
+        "timescales.rule.kind=laprop", f"timescales.rule.lr={options['lr']}",
+        "timescales.rule.warmup=100",
+        f"tracking.root={root}", "tracking.mlflow=false", "tracking.pictures=false",
+    ]  # fmt: skip
+    return load_config("plain", [*shared, *method.changes(options)])
+
+
+def clocked(k: int) -> Callable[[Options], list[str]]:
+    """k levels by part of the agent, with periods 1, base, base**2 ..."""
+    return lambda options: [
+        "timescales.kind=geometric", f"timescales.k={k}", f"timescales.base={options['base']}",
+        f"timescales.lr_power={POWER}",
+    ]  # fmt: skip
+
+
+def scaled(options: Options) -> list[str]:
+    """The groups of k = 3 at every update, each at the rate that makes up for its period.
+
+    Its rate over its period: a window of n steps with `lr n**POWER` on the mean gradient moves as
+    far as n steps at `lr n**(POWER - 1)`.
+    """
+    found = clocked(3)(options)
+    for i, name in enumerate(LEVELS[3]):
+        rate = options["lr"] * options["base"] ** (i * (POWER - 1))
+        level = f"timescales.levels.{name}"
+        found += [f"{level}.every.n=1", f"{level}.flow.rule.lr={rate!r}"]
+    return found
+
+
+def accumulated(options: Options) -> list[str]:
+    """Every parameter on the mean gradient of `base` batches: the middle period of k = 3."""
+    n, level = options["base"], "timescales.levels.all"
+    return [f"{level}.every.n={n}", f"{level}.flow.rule.lr={options['lr'] * n**POWER!r}"]
+
+
+def l2_init(options: Options) -> list[str]:
+    """Decay toward the initial weights."""
+    return ["timescales.kind=l2_init", f"timescales.rate={options['lr'] * options['l2_init']!r}"]
+
+
+def hare_tortoise(options: Options) -> list[str]:
+    """Return to an average of the own path."""
+    return [
+        "timescales.kind=hare_tortoise", f"timescales.n={options['return_every']}",
+        f"timescales.rate={options['average']}",
+    ]  # fmt: skip
+
+
+def with_memory(options: Options) -> list[str]:
+    """Fast weights in the dynamics that learn while the agent acts."""
+    return ["model.memory.kind=gated_delta", "model.memory.dim=32", "model.memory.heads=1"]
+
+
+def replay(kind: str) -> Callable[[Options], list[str]]:
+    """Another replay of the same capacity."""
+    return lambda options: [f"replay.kind={kind}"]
+
+
+AGENT_METHODS = {
+    "plain": AgentMethod("k=1: every parameter at every update; replay keeps the newest"),
+    "reservoir": AgentMethod("k=1, replay is a uniform sample of the past", replay("reservoir")),
+    "mixed": AgentMethod("k=1, replay is half the newest, half a sample", replay("mixed")),
+    "k3": AgentMethod("k=3 by part of the agent, periods 1, 2, 4", clocked(3)),
+    "k5": AgentMethod("k=5 by part of the agent, periods 1, 2, 4, 8, 16", clocked(5)),
+    "plain_fast": AgentMethod("k=1 with a fast memory in the dynamics", with_memory),
+    "k3_fast": AgentMethod(
+        "k=3 with a fast memory in the dynamics",
+        lambda options: [*clocked(3)(options), *with_memory(options)],
+    ),
+    "k3_rates": AgentMethod(
+        "control of k3: the same groups at every update, rates scaled to the same travel", scaled
+    ),
+    "accumulate": AgentMethod(
+        "control: all parameters on the mean gradient of 2 batches", accumulated
+    ),
+    "l2_init": AgentMethod("decay toward the initial weights", l2_init),
+    "hare_tortoise": AgentMethod("returns to an average of its own path", hare_tortoise),
+    "fresh": AgentMethod("a new agent for each task: the reference of plasticity", fresh=True),
+}

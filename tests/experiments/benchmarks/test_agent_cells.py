@@ -1,0 +1,178 @@
+"""An agent's cells: methods as configurations, R from a run's own evaluations, costs by level."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.benchmarks import agent_cells, cells, continual, page
+from experiments.benchmarks.agent_cells import STREAM, Clock
+from experiments.benchmarks.agent_methods import AGENT_METHODS, FIELDS
+from experiments.benchmarks.cells import Cell, Result
+from experiments.config import Config, ConfigError, levels_of
+from experiments.record.metrics import Row
+
+NAMES = ("normal", "flipped", "long", "heavy")
+TINY = {"tasks": 2, "frames": 160, "every": 160, "episodes": 1, "prefill": 128}
+
+
+def cell(method: str, *seeds: int, **options: object) -> Cell:
+    return Cell(STREAM, method, seeds or (0,), {**FIELDS, **options})
+
+
+def run_of(method: str, **options: object) -> Config:
+    return agent_cells.one_run(cell(method, **options))
+
+
+# ---- methods -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", AGENT_METHODS)
+def test_every_method_is_a_run_that_can_start(method: str):
+    agent_cells.check(cell(method))
+    config = run_of(method)
+    assert config.evaluate.contexts == NAMES
+    assert config.env.contexts == (NAMES[:1] if method == "fresh" else NAMES)
+    assert config.frames == 10_000 * len(config.env.contexts)
+    assert (config.replay.capacity, config.replay.length, config.train.ratio) == (4096, 16, 40)
+
+
+def rates(config: Config) -> dict[str, tuple[int, float]]:
+    """Period and learning rate of each level that descends."""
+    levels = {name: level.model_dump() for name, level in levels_of(config).items()}
+    return {
+        name: (level["every"]["n"], level["flow"]["rule"]["lr"])
+        for name, level in levels.items()
+        if level["flow"]["kind"] == "descend"
+    }
+
+
+def test_controls_travel_as_far_as_what_they_control():
+    k3, scaled = (rates(run_of(name, base=4, lr=1e-3)) for name in ("k3", "k3_rates"))
+    assert [n for n, _ in k3.values()] == [1, 4, 16]
+    assert scaled == {name: (1, pytest.approx(lr / n)) for name, (n, lr) in k3.items()}
+    assert rates(run_of("accumulate", base=4, lr=1e-3)) == {"all": (4, 2e-3)}
+    assert rates(run_of("plain", lr=1e-3)) == {"all": (1, 1e-3)}
+    assert [n for n, _ in rates(run_of("k5")).values()] == [1, 2, 4, 8, 16]
+
+
+def test_other_methods_change_what_their_name_says():
+    kinds = {name: run_of(name).replay.kind for name in ("plain", "reservoir", "mixed", "k3")}
+    assert kinds == {"plain": "fifo", "reservoir": "reservoir", "mixed": "mixed", "k3": "fifo"}
+    memories = {name: run_of(name).model.memory.kind for name in ("plain_fast", "k3_fast", "k3")}
+    assert memories == {"plain_fast": "gated_delta", "k3_fast": "gated_delta", "k3": "none"}
+    assert rates(run_of("k3_fast")) == rates(run_of("k3"))
+    (level,) = levels_of(run_of("l2_init", lr=1e-3, l2_init=0.5)).values()
+    assert (level.relax[0].to, level.relax[0].rate) == ("init", 5e-4)
+    hare, tortoise = levels_of(run_of("hare_tortoise", average=0.1, return_every=7)).values()
+    assert hare.reset[0].every.n == 7
+    assert tortoise.model_dump()["flow"]["rate"] == 0.1
+
+
+def test_fresh_is_a_new_agent_for_each_context():
+    lists = agent_cells.runs_of(cell("fresh", 3, 5, tasks=3), "runs")
+    assert [config.env.contexts for config, _ in lists] == [(name,) for name in NAMES[:3]]
+    assert [config.seed for config in lists[1]] == [3, 5]
+    assert {config.evaluate.contexts for configs in lists for config in configs} == {NAMES[:3]}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "way_out"),
+    [("tasks", 5, "2 to 4"), ("every", 999, "a divisor"), ("every", 4, "multiple of 8"),
+     ("prefill", 10, "at least 128"), ("capacity", 100, "at least")],
+)  # fmt: skip
+def test_cells_that_cannot_run(field: str, value: int, way_out: str):
+    with pytest.raises(ConfigError, match=way_out):
+        agent_cells.check(cell("plain", **{field: value}))
+
+
+# ---- what the runs reported --------------------------------------------------------------------
+def reported(config: Config, scores: np.ndarray) -> list[Row]:
+    """A run's metrics: scores (T+1, N) in turn, and two episodes for each evaluation."""
+    rows = []
+    for i, row in enumerate(scores):
+        step = i * config.evaluate.every
+        if i:
+            ended = {"train/return": 20.0 * i, "train/episodes": float(i), "train/updates": 3.0 * i}
+            rows.append(Row(step, 0.0, ended))
+        found = {f"eval/{name}/score": value for name, value in zip(NAMES, row, strict=False)}
+        rows.append(Row(step, 0.0, found))
+    return rows
+
+
+def test_scores_come_from_the_last_three_evaluations_of_a_phase():
+    config = run_of("plain", tasks=2, frames=4000)
+    scores = np.arange(18.0).reshape(9, 2)  # row t holds 2t and 2t + 1
+    part = agent_cells.part_of(reported(config, scores), config)
+    assert part.course.shape == (1, 2, 5, 2)
+    assert np.array_equal(part.course[0, 1], scores[4:]), "a phase starts where the last one ended"
+    assert part.updates == 24
+    expected = [[0, 1], [6, 7], [14, 15]]  # untrained; mean of rows 2, 3, 4; of rows 6, 7, 8
+    assert agent_cells.scores_of(part.course)[0].tolist() == expected
+    assert agent_cells.own(part.course)[0].tolist() == [[0, 2, 4, 6, 8], [9, 11, 13, 15, 17]]
+    # episodes 1, 2, 3, 4 of returns 20, 40, 60, 80, and so on
+    means = [sum(20 * i * i for i in phase) / sum(phase) for phase in ((1, 2, 3, 4), (5, 6, 7, 8))]
+    assert part.online[0] == pytest.approx(np.array(means) / 200)
+
+
+def test_where_no_episode_ends_all_slots_lived():
+    config = run_of("plain", tasks=2, frames=160, every=160, prefill=128)
+    assert agent_cells.online_of([], config) == 160 / 8 / 200
+    assert agent_cells.online_of([], run_of("plain")) == 1.0
+
+
+def test_the_clock_tells_shares_over_lists_of_runs():
+    told: list[float] = []
+    clock, config = Clock(told.append, 320), run_of("fresh", **TINY)
+    for _ in range(2):
+        with clock.watch(Path(), config) as watch:
+            watch.show(80, {"loss/dyn": 1.0})
+            seconds = clock.seconds
+            sum(range(100_000))
+            watch.show(80, {"eval/normal/score": 1.0})
+            assert clock.seconds == seconds, "evaluation is not learning"
+            watch.show(160, {"loss/dyn": 1.0})
+            assert clock.seconds > seconds
+    assert told == [0.25, 0.25, 0.5, 0.75, 0.75, 1.0]
+
+
+# ---- from end to end ---------------------------------------------------------------------------
+def test_two_seeds_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    words = ["--streams", STREAM, "--methods", "k3,fresh", *(f"{k}={v}" for k, v in TINY.items())]
+    assert continual.main([*words, "--out", str(tmp_path), "--json"]) == 0
+    (summary,) = json.loads(capsys.readouterr().out).values()
+    assert summary["seeds"] == [0, 1]
+    cost = summary["methods"]["k3"]["cost"]
+    assert 0 < cost["core_seconds"] < cost["core_seconds_with_evaluation"]
+    levels = cost["levels"]
+    assert [level["n"] for level in levels.values()] == [1, 2, 4]
+    assert sum(level["parameters"] for level in levels.values()) == 200_645
+    # who moves seldom pays its gradients all the same, and no two pay for one product
+    backward = [level["flops"] for level in levels.values()]
+    assert min(backward) > 0
+    assert sum(backward) < cost["flops_per_interaction"]
+    assert summary["methods"]["fresh"]["metrics"]["fresh_gap"]["value"] == 0.0
+    (path,) = (tmp_path / "cells").glob("*--fresh--*")
+    found = cells.load(path)
+    assert found.scores.shape == (2, 3, 2)
+    assert found.arrays["course"].shape == (2, 2, 2, 2)
+    assert np.array_equal(found.scores[:, 1:], found.arrays["course"][:, :, -1])
+    assert (tmp_path / "continual-CartPoleShift-v0.png").stat().st_size > 10_000
+    assert continual.main([*words, "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.count("found") == 2
+
+
+def test_a_panel_shows_every_context_in_every_phase():
+    from matplotlib.figure import Figure
+
+    course = np.random.default_rng(0).random((3, 2, 4, 2))
+    result = Result(
+        agent_cells.scores_of(course), {}, {"course": course, "frames": np.arange(4) * 80},
+        {"contexts": ["normal", "flipped"]},
+    )  # fmt: skip
+    axes = Figure().subplots()
+    page._course(axes, result)
+    assert [text.get_text() for text in axes.texts] == ["normal", "flipped"]
+    lines = [np.asarray(line.get_ydata()) for line in axes.lines]
+    expected = [course[:, phase, :, i].mean(0) for i in range(2) for phase in range(2)]
+    assert all(np.array_equal(*pair) for pair in zip(lines, expected, strict=True))
+    assert axes.get_xlim() == (0, 480)
