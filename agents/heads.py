@@ -27,13 +27,17 @@ class DiscreteActor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Probabilities (..., A): each block sums to one."""
+        if len(self.sizes) == 1:
+            return unimix(self.net(x), self.mix)
         blocks = self.net(x).split(self.sizes, -1)
         return torch.cat([unimix(block, self.mix) for block in blocks], -1)
 
     def sample(self, probs: Tensor, generator: Draws) -> Tensor:
         """A draw (..., A)."""
-        noise = race(probs.shape, generator).split(self.sizes, -1)
-        blocks = zip(probs.split(self.sizes, -1), noise, strict=True)
+        noise = race(probs.shape, generator)
+        if len(self.sizes) == 1:
+            return sample(probs, noise)
+        blocks = zip(probs.split(self.sizes, -1), noise.split(self.sizes, -1), strict=True)
         return torch.cat([sample(p, n) for p, n in blocks], -1)
 
     def log_prob(self, probs: Tensor, action: Tensor) -> Tensor:

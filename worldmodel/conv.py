@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from worldmodel.nets import init_weight
+from worldmodel.nets import init_weight, readable
 
 Kind = Literal["faithful", "strided"]
 SIDE = {"faithful": 5, "strided": 4}
@@ -82,8 +82,7 @@ class Up(nn.Module):
 
 def max_pool(x: Tensor) -> Tensor:
     """The largest of each 2x2 square: (N, 2 H, 2 W, C) -> (N, H, W, C)."""
-    transformed = torch.func.debug_unwrap(x, recurse=False) is not x
-    if transformed or x.device.type != "cpu" or not torch.is_grad_enabled():
+    if x.device.type != "cpu" or not torch.is_grad_enabled() or readable(x):
         return F.max_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
     return MaxPool.apply(x)
 
@@ -134,8 +133,7 @@ def interleave(x: Tensor) -> Tensor:
 
 def image_error(logits: Tensor, target: Tensor) -> Tensor:
     """Squared error (N,) of sigmoid(logits) (N, ...) to target (N, ...) uint8, in [0, 1]."""
-    transformed = torch.func.debug_unwrap(logits, recurse=False) is not logits
-    if transformed or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or readable(logits):
         return plain_image_error(logits, target)
     return ImageError.apply(logits, target)
 

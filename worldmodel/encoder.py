@@ -83,7 +83,8 @@ class Encoder(nn.Module):
         x = images[0] if len(images) == 1 else torch.cat(images, -1)
         lead = x.shape[:-3]
         parts = x.reshape(-1, *x.shape[-3:]).split(FRAMES)
-        return torch.cat([self._convolve(part) for part in parts]).view(*lead, -1)
+        tokens = [self._convolve(part) for part in parts]
+        return (tokens[0] if len(tokens) == 1 else torch.cat(tokens)).view(*lead, -1)
 
     def _convolve(self, images: Tensor) -> Tensor:
         x = images.float() / 255 - 0.5

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from worldmodel.nets import MLP, at_least_float32, symexp
+from worldmodel.nets import MLP, at_least_float32, readable, symexp
 
 Draws: TypeAlias = torch.Generator | tuple[torch.Generator, ...] | None  # one, or one a group
 FEW = 16  # classes below which a softmax is written out on a CPU
@@ -81,8 +81,7 @@ class Binary(nn.Module):
 
 def cross_entropy(logits: Tensor, index: Tensor, share: Tensor) -> Tensor:
     """Minus the log-probability (...) of few classes, `index` (..., K), each weighed by `share`."""
-    transformed = torch.func.debug_unwrap(logits, recurse=False) is not logits
-    if transformed or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or readable(logits):
         return -(logits.log_softmax(-1).gather(-1, index) * share).sum(-1)
     return CrossEntropy.apply(logits, index, share)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nested import fast as fast_state
 from worldmodel.cell import Draw, Plain, Tape, Weights, advance, enter
 from worldmodel.heads import Draws, race, sample, unimix
-from worldmodel.nets import MLP, BlockLinear, Dense, RMSNorm, affine
+from worldmodel.nets import MLP, BlockLinear, Dense, RMSNorm, affine, readable
 from worldmodel.types import Carry, Latent
 
 Recall = Callable[[Tensor, Tensor, Any], tuple[Tensor | None, Any]]
@@ -201,9 +201,8 @@ class RSSM(nn.Module):
         """Nodes by hand where gradients are wanted; they know neither autocast nor torch.func."""
         draw = Draw(self.stoch, self.classes, self.mix)
         mixed_precision = torch.is_autocast_enabled(like.device.type)
-        transformed = torch.func.debug_unwrap(like, recurse=False) is not like
-        readable = self.readable or mixed_precision or transformed or not torch.is_grad_enabled()
-        return Plain(weights, draw) if readable else Tape(weights, draw)
+        plain = self.readable or mixed_precision or not torch.is_grad_enabled() or readable(like)
+        return Plain(weights, draw) if plain else Tape(weights, draw)
 
     def _embed(self, action: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
         """Embedded action (..., hidden) and its part of the mixing layer (..., D)."""

@@ -7,6 +7,11 @@ causal in time, so that a stream is encoded and decoded frame by frame. In train
 hidden with a probability p, drawn uniformly up to `hide` for each frame: p near zero, as in use,
 is trained too.
 
+What all frames share says nothing, yet most of an image is just that: at the start it fills the
+latents, which patches are hidden shakes it, and the little that tells frames apart drowns. So
+patches go in, and latents come out, as displacements from their running means, in units of their
+running deviation; the paper does not say whether its own are.
+
 B batch, T frames, H x W x C image, P patches, L latents of Z channels, D width.
 """
 
@@ -55,6 +60,37 @@ class Patches(nn.Module):
         return x[..., :height, :width, :] + 0.5
 
 
+class Standard(nn.Module):
+    """x (..., *shape) less its running mean, over its running deviation, one for all entries.
+
+    The first batches are averaged, later ones count `rate`. `forward` is a fixed map: only `take`
+    moves the estimates, and nothing flows back through them. floor: least divisor.
+    """
+
+    mean: Tensor
+    square: Tensor
+    count: Tensor
+
+    def __init__(self, shape: tuple[int, ...], rate: float = 0.02, floor: float = 1e-3):
+        super().__init__()
+        self.rate, self.floor = rate, floor
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("square", torch.ones(()))
+        self.register_buffer("count", torch.zeros(()))
+
+    @torch.no_grad()
+    def take(self, x: Tensor) -> None:
+        """Take a batch into the estimates."""
+        x = x.detach().to(self.mean.dtype).reshape(-1, *self.mean.shape)
+        rate = (1 / self.count.add_(1)).clamp(min=self.rate)
+        self.mean.lerp_(x.mean(0), rate)
+        self.square.lerp_((x - self.mean).square().mean(), rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.square.sqrt().clamp(min=self.floor)
+        return (x - self.mean.to(x.dtype)) / scale.to(x.dtype)
+
+
 class Tokenizer(nn.Module):
     """uint8 images (B, T, H, W, C) <-> latents (B, T, L, Z) in (-1, 1).
 
@@ -79,6 +115,7 @@ class Tokenizer(nn.Module):
         self.latents, self.channels, self.hide = latents, channels, hide
         self.perceptual = perceptual
         count, dim = self.patches.count, self.patches.dim
+        self.input = Standard((dim,))
         self.embed = Linear(dim, encoder.width)
         self.places = learned(count, encoder.width)
         self.hidden = learned(encoder.width)
@@ -88,6 +125,7 @@ class Tokenizer(nn.Module):
         reads[latents:, :latents] = False  # patches read patches only
         self.encoder = Transformer(encoder, tokens, reads, drop=count)
         self.squeeze = Linear(encoder.width, channels)
+        self.output = Standard((latents, channels))
         self.expand = Linear(channels, decoder.width)
         self.slots = learned(latents, decoder.width)
         self.queries = learned(count, decoder.width)
@@ -129,8 +167,11 @@ class Tokenizer(nn.Module):
     ) -> dict[str, Tensor]:
         """Every loss (B, T), over its running RMS: {"mse"} and, where one is set, "perceptual"."""
         patches = self._cut(images)
+        self.input.take(patches)
         tokens = self._seen(patches, hidden_patches(patches, self.hide, generator))
-        latents = self._bottleneck(self.encoder(tokens, first))
+        x = self.squeeze(self.encoder(tokens, first))
+        self.output.take(x)
+        latents = self.output(x).tanh()
         painted = at_least_float32(self._painted(latents, first))
         losses = {"mse": (painted - patches).square().mean((-2, -1))}
         if self.perceptual is not None:
@@ -143,14 +184,14 @@ class Tokenizer(nn.Module):
 
     def _seen(self, patches: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Patches (B, T, P, dim), hidden (B, T, P, 1) bool -> the encoder's tokens."""
-        x = self.embed(patches)
+        x = self.embed(self.input(patches))
         if hidden is not None:
             x = torch.where(hidden, self.hidden, x)
         x = x + self.places
         return torch.cat([self.reader.expand(*x.shape[:2], -1, -1), x], 2)
 
     def _bottleneck(self, x: Tensor) -> Tensor:
-        return self.squeeze(x).tanh()
+        return self.output(self.squeeze(x)).tanh()
 
     def _drawn(self, latents: Tensor) -> Tensor:
         """Latents -> the decoder's tokens."""
