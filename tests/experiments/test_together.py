@@ -15,6 +15,7 @@ SMALL = (
     "frames=384", "train.prefill=256", "train.ratio=4", "replay.batch=4", "replay.length=8",
     "agent.horizon=3", "model.deter=32", "model.hidden=16", "model.units=16", "log.every=64",
     "evaluate.every=0", "evaluate.episodes=8", "env.time_limit=30", "tracking.mlflow=false",
+    "tracking.pictures=false",
 )  # fmt: skip
 
 
@@ -41,6 +42,7 @@ def test_two_seeds_side_by_side_learn_what_each_learns_alone(tmp_path: Path):
             np.testing.assert_allclose(ours[name], value, rtol=0, atol=5e-3, err_msg=name)
         last = [read(p / "metrics.jsonl")[-1].metrics for p in (path, alone)]
         assert last[0].keys() == last[1].keys() and "eval/default/return" in last[0]
+        assert not list(path.glob("*.png")), "without pictures"
     assert not np.allclose(losses(paths[0]), losses(paths[1]))
 
 
