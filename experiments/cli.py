@@ -1,4 +1,4 @@
-"""The command `nested`: train, eval, schedule, runs, sync, bench, schema.
+"""The command `nested`: train, eval, schedule, runs, data, sync, bench, schema.
 
 Each command imports what it needs when it runs, so that help and a mistake in a configuration are
 told at once. Exit codes: 0 done, 2 a mistake of the user's (never a traceback), 130 interrupted.
@@ -172,6 +172,7 @@ def _train_arguments(parser: Parser) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from experiments.config import ConfigError, load_config
+    from experiments.config.dreamer4 import is_dreamer4
     from experiments.envs.known import check_env
 
     source, overrides = _split(args.words)
@@ -181,6 +182,8 @@ def _train(args: argparse.Namespace) -> int:
             "config", source, "a resumed run has its own configuration",
             "leave it out; fields may follow as field=value",
         )  # fmt: skip
+    if is_dreamer4(resume or source):
+        return _train_offline(resume, source, overrides, args.print_config)
     config = load_config(resume or source, overrides)
     if args.print_config:
         print(config.dump(), end="")
@@ -189,6 +192,22 @@ def _train(args: argparse.Namespace) -> int:
     from experiments.train import train
 
     _say_done(train(config, resume), config.tracking.uri if config.tracking.mlflow else None)
+    return 0
+
+
+def _train_offline(
+    resume: Path | None, source: str | None, overrides: list[str], show: bool
+) -> int:
+    """From recorded episodes, by the phases of Dreamer 4."""
+    from experiments.config.dreamer4 import load_dreamer4
+
+    config = load_dreamer4(resume or source, overrides)
+    if show:
+        print(config.dump(), end="")
+        return 0
+    from experiments.offline import learn
+
+    _say_done(learn(config, resume), config.tracking.uri if config.tracking.mlflow else None)
     return 0
 
 
@@ -264,6 +283,38 @@ def _runs(args: argparse.Namespace) -> int:
         show.runs(found)
     else:
         print(f"no runs in {args.root}; `nested train` makes one")
+    return 0
+
+
+def _data_arguments(parser: Parser) -> None:
+    parser.add_argument("verb", choices=("record", "convert"), help="what to do")
+    parser.add_argument("paths", nargs="+", metavar="[SOURCE] DEST | field=value",
+        help="record: DEST and fields of env; convert: SOURCE (npz folder, Minari id) and DEST",
+    )  # fmt: skip
+    parser.add_argument(
+        "--policy", default="expert", help="random, expert (MiniGrid) or RUN (default expert)"
+    )
+    parser.add_argument("--noise", type=float, default=0.3, help="random share (default 0.3)")
+    parser.add_argument("--frames", type=_count, default=20_000, help="at least (default 20000)")
+
+
+def _data(args: argparse.Namespace) -> int:
+    from experiments.config import ConfigError
+    from experiments.config.dreamer4 import load_dreamer4
+    from experiments.data.convert import convert, record_policy
+
+    overrides = [word for word in args.paths if "=" in word]
+    paths = [word for word in args.paths if word not in overrides]
+    if len(paths) != (1 if args.verb == "record" else 2):
+        way_out = "record DEST, or convert SOURCE DEST"
+        raise ConfigError("paths", " ".join(paths), f"{args.verb} takes other paths", way_out)
+    if args.verb == "convert":
+        print(f"data    {convert(paths[0], Path(paths[1]))}")
+        return 0
+    config = load_dreamer4(None, overrides)
+    policy = args.policy if args.policy in ("random", "expert") else str(_find_run(args.policy))
+    made = record_policy(Path(paths[0]), policy, config.env, args.frames, args.noise, config.seed)
+    print(f"data    {made}")
     return 0
 
 
@@ -346,6 +397,13 @@ COMMANDS = {
         "nested runs --root runs",
         _runs_arguments,
         _runs,
+    ),
+    "data": Command(
+        "record episodes, or convert recorded ones",
+        "Record episodes of a policy as clips to learn from offline, or convert other formats.",
+        "nested data record data/minigrid-empty --policy expert --noise 0.3 --frames 20000",
+        _data_arguments,
+        _data,
     ),
     "sync": Command(
         "send a run's metrics to MLflow",

@@ -7,7 +7,7 @@ which fields exist there, and what they mean.
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from .errors import ConfigError, nearest
 from .models import Config
@@ -15,11 +15,15 @@ from .models import Config
 Path = tuple[str, ...]
 
 
-def explain(error: ValidationError, overrides: Sequence[tuple[Path, Any]]) -> ConfigError:
+def explain(
+    error: ValidationError,
+    overrides: Sequence[tuple[Path, Any]],
+    model: type[BaseModel] = Config,
+) -> ConfigError:
     """The most telling complaint of pydantic as a ConfigError: a misspelt name before the rest."""
     errors = error.errors(include_url=False)
     first = min(errors, key=lambda found: found["type"] != "extra_forbidden")
-    path, node, parent = _locate([str(part) for part in first["loc"]])
+    path, node, parent = _locate([str(part) for part in first["loc"]], model)
     context = first.get("ctx", {})
     match first["type"]:
         case "extra_forbidden":
@@ -35,9 +39,9 @@ def explain(error: ValidationError, overrides: Sequence[tuple[Path, Any]]) -> Co
 
 
 # ---- walking the schema ------------------------------------------------------------------------
-def _locate(loc: list[str]) -> tuple[Path, dict, dict]:
+def _locate(loc: list[str], model: type[BaseModel]) -> tuple[Path, dict, dict]:
     """Path without union tags, schema of the field, schema of what holds it."""
-    schema = Config.model_json_schema()
+    schema = model.model_json_schema()
     definitions = schema["$defs"]
     path: list[str] = []
     node = parent = schema

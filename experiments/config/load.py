@@ -59,6 +59,11 @@ def levels_of(config: Config) -> dict[str, LevelConfig]:
 
 
 # ---- reading -----------------------------------------------------------------------------------
+def read_tree(source: str) -> dict[str, Any]:
+    """The mapping in a file, a run's folder or a preset, with what it extends; nothing checked."""
+    return _read(source, ())
+
+
 def _find(source: str, field: str) -> Path:
     path = Path(source)
     if path.is_dir():
@@ -67,9 +72,9 @@ def _find(source: str, field: str) -> Path:
         return path
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         raise ConfigError(field, str(path), "no such file", "give a YAML file or a preset's name")
-    preset = PRESETS / f"{source}.yaml"
-    if preset.is_file():
-        return preset
+    for preset in (PRESETS / f"{source}.yaml", PRESETS / "offline" / f"{source}.yaml"):
+        if preset.is_file():
+            return preset
     near = nearest(source, presets())
     listed = f"presets: {', '.join(presets())}"
     raise ConfigError(

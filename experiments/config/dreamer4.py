@@ -1,0 +1,218 @@
+"""The configuration of an offline run: Dreamer 4's phases on recorded episodes.
+
+Told from an online one by `method: dreamer4`. What the paper (arXiv 2509.24527) leaves open is a
+field here. `load_dreamer4` reads a file, a run's folder or a preset, with `a.b.c=v` on top.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from .errors import ConfigError
+from .expand import expand
+from .explain import explain
+from .levels import Frozen, LaProp, LevelConfig, Levels, Plain, Rate, TimescalesConfig
+from .load import read_tree
+from .models import CheckpointConfig, Count, EnvConfig, TrackingConfig
+from .text import parse_override
+from .tree import put
+
+METHOD = "dreamer4"
+PHASES = ("tokenizer", "dynamics", "finetune", "imagine")
+
+
+class TrunkConfig(Frozen):
+    width: Count = Field(default=64, description="width of the transformer")
+    layers: Count = Field(default=4, description="layers, over space or over time")
+    heads: Count = Field(default=4, description="query heads")
+    groups: Count = Field(default=2, description="key and value heads")
+    every: Count = Field(default=2, description="each so-many-th layer is over time")
+    context: Count = Field(default=16, description="frames that a frame sees, itself included")
+    cap: float = Field(default=50.0, ge=0, description="bound of attention logits; 0 is none")
+
+
+class DataConfig(Frozen):
+    path: str = Field(default="data/minigrid-empty", description="folder of recorded episodes")
+    image: str = Field(default="image", description="the observation that is seen")
+    held: int = Field(default=10, ge=2, description="each so-many-th episode is for gates only")
+    best: float = Field(default=1.0, gt=0, le=1, description="share of episodes to imitate")
+
+
+class TokenizerConfig(Frozen):
+    trunk: TrunkConfig = TrunkConfig()
+    patch: Count = Field(default=8, description="side of a patch in pixels")
+    latents: Count = Field(default=16, description="latent tokens of a frame")
+    channels: Count = Field(default=8, description="entries of each")
+    hide: float = Field(default=0.9, ge=0, lt=1, description="greatest share of hidden patches")
+
+
+class DynamicsConfig(Frozen):
+    trunk: TrunkConfig = TrunkConfig()
+    spatial: Count = Field(default=8, description="tokens that a frame's latents become")
+    registers: Count = Field(default=4, description="register tokens")
+    agents: Count = Field(default=1, description="agent tokens")
+    k_max: Count = Field(default=8, description="finest sampling steps, a power of two")
+    bootstrap: Rate = Field(default=0.25, description="share of rows that draw a step size")
+    apart: Rate = Field(default=0.3, description="share of rows seen as separate images")
+    context_noise: Rate = Field(default=0.1, description="noise of frames in a context")
+
+
+class AgentConfig(Frozen):
+    units: Count = Field(default=128, description="width of the heads")
+    layers: Count = Field(default=1, description="layers of the heads")
+    ahead: Count = Field(default=8, description="steps predicted ahead")
+    bins: int = Field(default=41, ge=2, description="bins of each continuous action")
+    horizon: Count = Field(default=15, description="imagined frames")
+    steps: Count = Field(default=4, description="sampling steps of a frame, a power of two")
+    discount: float = Field(default=0.997, gt=0, lt=1, description="of rewards to come")
+    lam: Rate = Field(default=0.95, description="lambda of the returns")
+    alpha: Rate = Field(default=0.5, description="share of good actions in PMPO")
+    beta: float = Field(default=0.3, ge=0, description="weight of staying near the prior")
+
+
+class _Phase(Frozen):
+    updates: int = Field(default=2000, ge=0, description="updates of the phase")
+    batch: Count = Field(default=16, description="rows of a batch")
+    length: Count = Field(default=16, description="frames of a row")
+    gate: float | None = Field(default=None, description="what the phase must reach; null: nothing")
+    timescales: TimescalesConfig = Plain(rule=LaProp(lr=3e-4, warmup=200))
+
+
+class TokenizerPhase(_Phase):
+    """Gate: PSNR of frames held out, in dB, at least."""
+
+
+class DynamicsPhase(_Phase):
+    """Gate: error of the next frame over that of repeating the last one, at most."""
+
+    long: Count = Field(default=32, description="frames of a long row")
+    every: Count = Field(default=4, description="each so-many-th batch has long rows")
+
+
+class FinetunePhase(_Phase):
+    """Gate: surprise about actions held out over that of uniform ones, at most."""
+
+    imitate: float = Field(
+        default=0.5, gt=0, lt=1, description="share of rows for imitation; others teach dynamics"
+    )
+
+
+class ImaginePhase(_Phase):
+    """Gate: mean return of the policy in the environment, at least."""
+
+    critic: int = Field(
+        default=0, ge=0, description="first updates, in which only the value learns"
+    )
+
+
+class PhasesConfig(Frozen):
+    tokenizer: TokenizerPhase = TokenizerPhase()
+    dynamics: DynamicsPhase = DynamicsPhase()
+    finetune: FinetunePhase = FinetunePhase()
+    imagine: ImaginePhase = ImaginePhase()
+
+
+class Dreamer4Config(Frozen):
+    """Everything that an offline run depends on, its data aside."""
+
+    method: Literal["dreamer4"] = METHOD
+    name: str = Field(
+        default="dreamer4",
+        pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$",
+        description="start of the run's id and MLflow experiment: a-z, 0-9, - and _",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of every random generator")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
+    threads: int = Field(default=0, ge=0, description="torch threads; 0 is all cores")
+    data: DataConfig = DataConfig()
+    env: EnvConfig = EnvConfig(id="MiniGrid-Empty-5x5-v0", pixels=True)
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    dynamics: DynamicsConfig = DynamicsConfig()
+    agent: AgentConfig = AgentConfig()
+    phases: PhasesConfig = PhasesConfig()
+    episodes: Count = Field(default=32, description="episodes of an evaluation")
+    log_every: Count = Field(default=100, description="updates between lines of metrics")
+    checkpoint: CheckpointConfig = CheckpointConfig(every=500)
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def frames(self) -> int:
+        """Updates of all phases: the length of the run."""
+        return sum(phase.updates for _, phase in self.phases)
+
+    def tree(self) -> dict[str, Any]:
+        """Nested dictionaries of plain values, under the names used in YAML."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def dump(self) -> str:
+        """YAML text that loads to this very configuration."""
+        from .text import to_yaml
+
+        return to_yaml(self.tree())
+
+    def flatten(self) -> dict[str, str | int | float | bool | None]:
+        """Dotted path -> scalar; a list becomes its YAML text in one line."""
+        from .text import flat
+
+        return flat(self.tree())
+
+
+def is_dreamer4(source: str | Path | None) -> bool:
+    """Whether a file, a run's folder or a preset configures an offline run."""
+    try:
+        return source is not None and read_tree(str(source)).get("method") == METHOD
+    except ConfigError:
+        return False  # whoever loads it says what is wrong
+
+
+def load_dreamer4(
+    source: str | Path | None = None, overrides: Sequence[str] = ()
+) -> Dreamer4Config:
+    """The configuration of a file, a run's folder or a preset. Raises ConfigError."""
+    config = _validated(read_tree(str(source or METHOD)), [])
+    changes = sorted((parse_override(text) for text in overrides), key=lambda c: len(c[0]))
+    tree = config.tree()
+    for path, value in changes:
+        put(tree, path, value)
+    config = _validated(tree, changes)
+    _check(config)
+    return config
+
+
+def levels_of_phase(timescales: TimescalesConfig) -> dict[str, LevelConfig]:
+    """The levels of a phase by name, from fastest to slowest."""
+    return Levels.model_validate(expand(timescales)).levels
+
+
+def _validated(tree: dict[str, Any], changes: list) -> Dreamer4Config:
+    try:
+        return Dreamer4Config.model_validate(tree)
+    except ValidationError as error:
+        raise explain(error, changes, Dreamer4Config) from None
+
+
+def _check(config: Dreamer4Config) -> None:
+    """What ties fields together."""
+    for name in ("tokenizer", "dynamics"):
+        trunk: TrunkConfig = getattr(config, name).trunk
+        if trunk.width % (2 * trunk.heads) or trunk.heads % trunk.groups:
+            raise ConfigError(
+                f"{name}.trunk.heads", trunk.heads,
+                f"width={trunk.width} / heads must be even, heads / groups={trunk.groups} whole",
+                "use powers of two",
+            )  # fmt: skip
+    entries = config.tokenizer.latents * config.tokenizer.channels
+    if entries % config.dynamics.spatial:
+        raise ConfigError(
+            "dynamics.spatial", config.dynamics.spatial,
+            f"does not divide tokenizer.latents * tokenizer.channels = {entries}", "use a divisor",
+        )  # fmt: skip
+    for field, value in (
+        ("dynamics.k_max", config.dynamics.k_max),
+        ("agent.steps", config.agent.steps),
+    ):
+        if value & (value - 1) or value > config.dynamics.k_max:
+            way_out = f"use a power of two up to {config.dynamics.k_max}"
+            raise ConfigError(field, value, "cannot be halved down to one", way_out)

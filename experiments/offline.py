@@ -1,0 +1,135 @@
+"""Learning from recorded episodes alone: Dreamer 4's phases, read from top to bottom.
+
+A tokenizer learns the images and is frozen; dynamics learn its latents; imitation, rewards and
+terminals are learned inside the same network; policy and value then learn in imagination, near
+the policy that imitated. After each phase a measure on held-out episodes, or in the environment,
+must pass the phase's gate. What a run holds between updates is in offline_loop.py.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from agents.offline import following
+from experiments.config.dreamer4 import Dreamer4Config
+from experiments.offline_loop import Work
+from worldmodel.shortcut import Clip
+
+
+def learn(config: Dreamer4Config, resume: Path | None = None) -> Path:
+    """Run the phases, or go on with a run; returns the run's folder.
+
+    Raises RunError where a gate is not passed: the run can be resumed with more updates.
+    """
+    work = Work.resume(config, resume) if resume else Work.start(config)
+    with work:
+        for name, phase in PHASES.items():
+            if work.enter(name):
+                phase(work)
+                work.leave()
+    return work.run.path
+
+
+def tokenizer(work: Work) -> None:
+    """Images to latents and back."""
+    model = work.agent.tokenizer
+    for phase in work.updates(work.config.phases.tokenizer, r"^tokenizer\."):
+        images, first = work.images(work.data, phase.batch, phase.length)
+        work.learn(model.losses(images, first, work.generator), model.scales)
+    found = psnr(work)
+    work.gate("psnr", found, lambda gate: found >= gate)
+
+
+def dynamics(work: Work) -> None:
+    """The next latents from those before and actions, by shortcut forcing; lengths alternate."""
+    for phase in work.updates(work.config.phases.dynamics, r"^dynamics\.(?!agent|task)"):
+        length = phase.length if work.update % phase.every else phase.long
+        batch = work.experience([(work.data, phase.batch)], length)
+        losses, _ = work.agent.dynamics.losses(batch.clip, work.generator)
+        work.learn(losses, {"dynamics": 1.0})
+    found = next_frame(work)
+    work.gate("next_frame", found, lambda gate: found <= gate)
+
+
+def finetune(work: Work) -> None:
+    """Imitation of the best episodes, rewards and terminals of all, beside the dynamics' loss."""
+    for phase in work.updates(work.config.phases.finetune, r"^(dynamics|policy|reward|terminal)\."):
+        rows = min(max(1, round(phase.imitate * phase.batch)), phase.batch - 1)
+        parts = [(work.best, rows), (work.data, phase.batch - rows)]
+        batch = work.experience(parts, phase.length)
+        losses = work.agent.finetune(batch, work.generator)
+        work.learn(losses, dict.fromkeys(losses, 1.0))
+    work.prior = work.agent.prior()
+    work.evaluate("imitation")
+    found = surprise(work)
+    work.gate("surprise", found, lambda gate: found <= gate)
+
+
+def imagine(work: Work) -> None:
+    """Policy and value in imagination; the world model and the prior stand still."""
+    for phase in work.updates(work.config.phases.imagine, r"^(policy|value)\."):
+        clip = work.experience([(work.data, phase.batch)], phase.length).clip
+        dream = work.agent.imagine(clip, work.prior, work.generator)
+        learning = float(work.update >= phase.critic)
+        work.learn(dream.losses, {"policy": learning, "value": 1.0}, dream.metrics)
+    found = work.evaluate("imagination")
+    work.gate("return", found, lambda gate: found >= gate)
+
+
+# ---- what gates measure ------------------------------------------------------------------------
+def psnr(work: Work) -> float:
+    """Peak signal to noise of frames held out, in dB, with nothing hidden."""
+    phase, model = work.config.phases.tokenizer, work.agent.tokenizer
+    images, first = work.images(work.held, 16, phase.length)
+    with torch.no_grad():
+        painted = model.decode(model.encode(images, first), first).clamp(0, 1)
+    error = (painted - images / 255).square().mean()
+    return float(-10 * error.clamp(min=1e-10).log10())
+
+
+def next_frame(work: Work) -> float:
+    """Squared error of a next frame held out, over that of repeating the one before."""
+    clip = work.experience([(work.held, 64)], work.config.phases.dynamics.length).clip
+    past, (_, context) = observed(work, clip)
+    now = Clip(*(x[:, -1:] for x in clip))
+    made = work.agent.dynamics.generate(now, context, work.config.agent.steps, work.generator)
+    error, still = (error_of(x, now.latents) for x in (made, past.latents[:, -1:]))
+    inside = ~now.first[:, 0]
+    return float((error * inside).sum() / (still * inside).sum().clamp(min=1e-12))
+
+
+def surprise(work: Work) -> float:
+    """Surprise about actions held out, over that of a policy that chooses uniformly."""
+    agent = work.agent
+    clip = work.experience([(work.held, 64)], work.config.phases.finetune.length).clip
+    with torch.no_grad():
+        feature, _ = agent.dynamics.observe(clip, agent.dynamics.initial(64), work.generator)
+        logits = agent.policy(feature)
+    action, same = following(clip.action, clip.first, 1, 1)
+    found, uniform = (
+        (agent.actions.log_prob(x, action[:, :, 0]) * same[:, :, 0]).sum()
+        for x in (logits, torch.zeros_like(logits))
+    )
+    return float(found / uniform)
+
+
+def observed(work: Work, clip: Clip) -> tuple[Clip, tuple[Tensor, object]]:
+    """All frames of a clip but the last, and what the dynamics make of them."""
+    past = Clip(*(x[:, :-1] for x in clip))
+    start = work.agent.dynamics.initial(len(clip.first))
+    return past, work.agent.dynamics.observe(past, start, work.generator)
+
+
+def error_of(made: Tensor, true: Tensor) -> Tensor:
+    """Squared error of each row (B,)."""
+    return (made - true).square().flatten(1).mean(1)
+
+
+PHASES: dict[str, Callable[[Work], None]] = {
+    "tokenizer": tokenizer,
+    "dynamics": dynamics,
+    "finetune": finetune,
+    "imagine": imagine,
+}

@@ -1,0 +1,113 @@
+"""Recorded episodes: written, mapped, sampled without crossing, translated, converted."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.config import ConfigError
+from experiments.data.clips import Arrays, Clips, Spec, Writer
+from experiments.data.convert import convert
+from worldmodel.types import ActionSpec, ObsSpec
+
+SPEC = Spec({"image": ObsSpec("image", (16, 16, 1))}, ActionSpec("discrete", (3,)))
+LENGTHS = (5, 2, 7, 3)
+
+
+def episode(number: int, length: int) -> Arrays:
+    """Images and rewards that tell episode and row."""
+    row = np.arange(length)
+    image = np.broadcast_to((10 * number + row)[:, None, None, None], (length, 16, 16, 1))
+    action = np.eye(3, dtype=np.float32)[row % 3] * (row > 0)[:, None]
+    reward = (100.0 * number + row).astype(np.float32)
+    flags = {"reward": reward, "first": row == 0, "terminal": row == length - 1}
+    return {"obs.image": image.astype(np.uint8), "action": action.astype(np.float32), **flags}
+
+
+@pytest.fixture
+def clips() -> Clips:
+    with Writer("data", SPEC, shard=6) as writer:  # three shards
+        for number, length in enumerate(LENGTHS):
+            writer.add(episode(number, length))
+    return Clips.open("data")
+
+
+def test_what_was_written_is_read(clips: Clips):
+    assert len(clips.columns) == 3 and clips.frames == sum(LENGTHS) and clips.spec == SPEC
+    for number, place in enumerate(clips.episodes):
+        found, true = clips.read(place, 0, 99), episode(number, LENGTHS[number])
+        assert found.keys() == true.keys()
+        for name, column in found.items():
+            assert column.dtype == true[name].dtype and np.array_equal(column, true[name])
+
+
+def test_clips_never_cross_episodes_and_all_are_drawn(clips: Clips):
+    found = clips.sample(200, 3, np.random.default_rng(0))
+    number, row = np.divmod(found["reward"], 100)
+    assert (number == number[:, :1]).all() and (np.diff(row) == 1).all()
+    starts = {(int(n), int(r)) for n, r in zip(number[:, 0], row[:, 0], strict=True)}
+    assert starts == {(n, r) for n, size in enumerate(LENGTHS) for r in range(size - 2)}
+    with pytest.raises(ValueError, match="no episode has 8 rows, the longest has 7"):
+        clips.sample(1, 8, np.random.default_rng(0))
+
+
+def test_packed_rows_cross_only_into_first_rows(clips: Clips):
+    found = clips.packed(200, 9, np.random.default_rng(0))
+    number, row = np.divmod(found["reward"], 100)
+    goes_on = (np.diff(number) == 0) & (np.diff(row) == 1)
+    assert np.array_equal(goes_on, ~found["first"][:, 1:])
+    ended = np.array(LENGTHS)[number.astype(int)] - 1 == row
+    assert np.array_equal(ended[:, :-1], found["first"][:, 1:])
+    assert {*zip(number[:, 0], row[:, 0], strict=True)} == {
+        (n, r) for n, size in enumerate(LENGTHS) for r in range(size)
+    }
+
+
+def test_held_out_and_best_episodes(clips: Clips):
+    kept, held = clips.split(2)
+    assert [e.length for e in kept.episodes] == [5, 7] and held.frames == 5
+    assert [e.length for e in clips.best(0.5).episodes] == [7, 3]  # of the highest returns
+
+
+def test_a_translated_column_stands_beside_the_others(clips: Clips):
+    def change(columns: Arrays, begins: bool) -> np.ndarray:
+        begun.append(begins)
+        return columns["reward"] * 2
+
+    begun: list[bool] = []
+    found = clips.translate(Path("more"), "double", 4, change)
+    assert begun == [True, False, True, False, True]  # shards of 7, 7 and 3 rows
+    rows = found.packed(3, 4, np.random.default_rng(0))
+    assert np.array_equal(rows["double"], rows["reward"] * 2)
+    clips.translate(Path("more"), "double", 4, lambda *_: pytest.fail("it is there already"))
+
+
+def test_half_an_episode_and_half_a_data_set_are_refused():
+    writer = Writer("broken", SPEC)
+    with pytest.raises(ValueError, match="`first` in its first row"):
+        writer.add({k: v[1:] for k, v in episode(0, 4).items()})
+    with pytest.raises(ValueError, match="an episode has"):
+        writer.add({"reward": np.zeros(3)})
+    writer.add(episode(0, 4))
+    with pytest.raises(ConfigError, match="no data set"):
+        Clips.open("broken")
+    writer.close()
+    assert Clips.open("broken").frames == 4
+    with pytest.raises(ConfigError, match="holds a data set"):
+        Writer("broken", SPEC)
+
+
+def test_npz_episodes_are_converted(tmp_path: Path):
+    for number in range(2):
+        one = episode(number, 4)
+        choice = np.array([0, 2, 1, 2])
+        flags = {"reward": one["reward"], "terminal": one["terminal"]}
+        arrays = {"obs.image": one["obs.image"], "action": choice, **flags}
+        np.savez(tmp_path / f"{number}.npz", **arrays)
+    clips = Clips.open(convert(str(tmp_path), tmp_path / "out"))
+    assert clips.spec == SPEC
+    rows = clips.read(clips.episodes[1], 0, 4)
+    assert np.array_equal(rows["action"], [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 1]])
+    assert rows["reward"].tolist() == [0, 101, 102, 103] and rows["terminal"].tolist()[-1]
+    with pytest.raises(ConfigError, match="minari is not installed"):
+        convert("D4RL/none", tmp_path / "other")
