@@ -18,6 +18,7 @@ from experiments.record.metrics import read
 LATER = ("dynamics", "finetune", "imagine")
 TINY = [
     *("name=tiny", "env.num=2", "env.image_size=16", "env.workers=inprocess", "threads=1"),
+    "env.time_limit=12",
     *("data.path=data", "data.held=3", "data.best=0.5", "episodes=2", "log_every=2"),
     *("checkpoint.every=2", "tracking.mlflow=false"),
     *("tokenizer.latents=2", "tokenizer.channels=4", "tokenizer.trunk.width=16"),
@@ -91,7 +92,7 @@ def test_a_gate_stops_the_run_and_more_updates_go_on(room: Path):
 
 
 def test_the_expert_solves_rooms_with_doors(room: Path):
-    env = configure(room, "env.id=MiniGrid-DoorKey-5x5-v0").env
+    env = configure(room, "env.id=MiniGrid-DoorKey-5x5-v0", "env.time_limit=0").env
     envs, policy = expert_envs(env, 2, noise=0.0)
     assert min(play(envs, policy, 4)) > 0.9
     envs.close()
