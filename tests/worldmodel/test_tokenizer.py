@@ -148,3 +148,37 @@ def test_a_context_is_a_tree_of_rows():
     z, _ = model.encode_next(images[:, :1], context)
     w, _ = model.encode_next(images[[1, 0], :1], swapped)
     assert torch.allclose(z, w[[1, 0]], atol=1e-6)
+
+
+def squares(batch: int = 16, length: int = 6) -> Tensor:
+    """A white square of four pixels that moves over black images of sixteen."""
+    images = torch.zeros(batch, length, 16, 16, 3, dtype=torch.uint8)
+    for row in range(batch):
+        for t in range(length):
+            y, x = (5 * row + t) % 13, (3 * row + 2 * t) % 13
+            images[row, t, y : y + 4, x : x + 4] = 255
+    return images
+
+
+def test_what_tells_frames_apart_fills_the_latents_from_the_start():
+    torch.manual_seed(0)
+    trunk = Trunk(32, 3, 2, 2, 2, context=8)
+    model = Tokenizer((16, 16, 3), 4, 4, 8, trunk, trunk)
+    images = squares()
+    model.losses(images, None, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        latents = model.encode(images).flatten(0, 1)
+    apart = latents.std(0).mean() / latents.square().mean().sqrt()
+    assert apart > 0.3  # without running means it was 0.1: all frames looked alike
+
+
+def test_running_estimates_move_only_where_losses_are_taken():
+    model, (images, first) = make(), video()
+    before = model.encode(images, first)
+    assert torch.equal(model.encode(images, first), before)
+    model.losses(images, first, torch.Generator().manual_seed(0))
+    patches = model.patches.cut(images)
+    seen = model.input(patches)
+    assert torch.allclose(seen.mean((0, 1, 2)), torch.zeros(model.patches.dim), atol=1e-5)
+    assert torch.allclose(seen.square().mean(), torch.ones(()), atol=1e-4)
+    assert not torch.equal(model.encode(images, first), before)
