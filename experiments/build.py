@@ -103,6 +103,7 @@ def _dreamer(config: Config, obs_spec: dict[str, ObsSpec], action_spec: ActionSp
         forget="session" if model.memory.kind == "none" else model.memory.forget,
         discount=1 - 1 / agent.discount,
         free_nats=agent.free_nats,
+        users=config.env.has_users,
     )
     return Dreamer(
         world,

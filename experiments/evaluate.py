@@ -4,7 +4,7 @@ Environments, carries and generators of an evaluation are its own and depend onl
 the moment, so a run with evaluations trains exactly as one without.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,6 +20,13 @@ from worldmodel.rssm import MemoryUse
 
 SLOTS = 4  # evaluation slots for each training slot, so that slow environments stay few
 DEFAULT = "default"  # the context of an environment that has none
+
+Act = Callable[[Sequence[Driver]], list[Step]]
+
+
+def step_each(drivers: Sequence[Driver]) -> list[Step]:
+    """One step of every driver."""
+    return [driver.step() for driver in drivers]
 
 
 def contexts_of(config: Config) -> list[str]:
@@ -50,7 +57,7 @@ def evaluate_all(
     moment: int = 0,
     episodes: int = 32,
     use: MemoryUse = "write",
-    act: Callable[[Sequence[Driver]], list[Step]] = lambda drivers: [d.step() for d in drivers],
+    act: Act = step_each,
 ) -> list[dict[str, float]]:
     """`evaluate` of several agents, each in environments of its own; `act` steps all of them."""
     num = min(episodes, SLOTS * configs[0].env.num)
@@ -78,11 +85,34 @@ def evaluate_all(
     return metrics
 
 
+def evaluations(
+    configs: Sequence[Config],
+    agents: Sequence[Dreamer],
+    moment: int,
+    act: Act = step_each,
+) -> list[dict[str, float]]:
+    """What runs report: every context, and where configured without fast weights, as CONTEXT_off.
+
+    Both see the same episodes.
+    """
+    lead = configs[0]
+    given = (configs, agents, contexts_of(lead), moment, lead.evaluate.episodes)
+    found = evaluate_all(*given, "write", act)
+    without = evaluate_all(*given, "off", act) if lead.evaluate.off else [{} for _ in configs]
+    return [one | renamed(other) for one, other in zip(found, without, strict=True)]
+
+
+def renamed(metrics: Mapping[str, float]) -> dict[str, float]:
+    """eval/CONTEXT/NAME as eval/CONTEXT_off/NAME."""
+    parts = {name: name.rsplit("/", 1) for name in metrics}
+    return {f"{head}_off/{tail}": metrics[name] for name, (head, tail) in parts.items()}
+
+
 def _play(
     drivers: Sequence[Driver],
     num: int,
     each: int,
-    act: Callable[[Sequence[Driver]], list[Step]],
+    act: Act,
 ) -> list[list[float]]:
     """Returns of the first `each` episodes of every slot, for every driver."""
     left = np.full((len(drivers), num), each)

@@ -21,9 +21,10 @@ from experiments.config import Config
 from experiments.data.replay import Replay
 from experiments.driver import Driver, Step
 from experiments.envs import make_envs
-from experiments.evaluate import contexts_of, evaluate
+from experiments.evaluate import evaluations
 from experiments.record import CheckpointError, Checkpoints, Loaded, Run, RunError
 from experiments.record.run import ENDS, State
+from experiments.visits import make_sessions
 from timescales import Ratio
 
 SEEDS = ("envs", "act", "learn", "replay", "prefill", "levels")  # one stream each
@@ -47,6 +48,7 @@ class Loop:
         self.agent: Dreamer = build_agent(config, self.envs.obs_spec, self.envs.action_spec)
         self.timescales = build_timescales(config, self.agent, seed["levels"])
         self.driver = Driver(self.agent, self.envs, generator(self.device, seed["act"]))
+        self.sessions = make_sessions(config, self.agent, self.timescales, self.envs.num)
         self.generator = generator(self.device, seed["learn"])
         self.random = np.random.default_rng(seed["prefill"])
         replay = config.replay
@@ -65,6 +67,7 @@ class Loop:
         """A new run: its folder, level table, first evaluation and first checkpoint."""
         loop = cls(config, lambda: Run.create(config, Path(config.tracking.root)))
         loop.run.start()
+        loop.sessions.open(loop.run.path / "users")
         loop._begin()
         return loop
 
@@ -78,10 +81,12 @@ class Loop:
         before = loop.run.state
         loop.run.start()
         try:
+            loop.sessions.open(loop.run.path / "users")
             loaded = loop.checkpoints.load()
             if loaded is not None:
                 loop._restore(loaded)
         except (CheckpointError, RunError):
+            loop.sessions.close()
             loop.run.finish(before if before in ENDS else "stopped")
             raise
         if loaded is None:
@@ -127,6 +132,7 @@ class Loop:
         phase = self.frame * len(contexts) // self.config.frames if contexts else 0
         if phase != self.phase:
             self.driver.reset(contexts[phase] if contexts else None)
+            self.sessions.follow(self.driver)
             if self.phase >= 0:
                 self.timescales.tick("task")
             self.phase = phase
@@ -138,10 +144,10 @@ class Loop:
         episodes = len(step.returns)
         if episodes:
             self.timescales.tick("episode", episodes)
-            self.timescales.tick("session", episodes)
             self.ended["return"] += sum(step.returns)
             self.ended["length"] += sum(step.lengths)
             self.ended["episodes"] += episodes
+        self.sessions.follow(self.driver, episodes)
 
     def updates_due(self) -> int:
         """Updates owed for the last step; none while the replay is filling."""
@@ -169,7 +175,7 @@ class Loop:
             for key in ("return", "length"):
                 metrics[f"train/{key}"] = self.ended[key] / self.ended["episodes"]
             metrics["train/episodes"] = self.ended["episodes"]
-        metrics |= self.timescales.metrics() | self._speed()
+        metrics |= self.sessions.metrics() | self.timescales.metrics() | self._speed()
         self.run.log(self.frame, metrics)
         self.ended = {"return": 0.0, "length": 0.0, "episodes": 0}
         self.sums, self.gathered = {}, 0
@@ -187,9 +193,7 @@ class Loop:
 
     def evaluate(self) -> dict[str, float]:
         """Report the returns in every context."""
-        episodes = self.config.evaluate.episodes
-        contexts = contexts_of(self.config)
-        metrics = evaluate(self.config, self.agent, contexts, self.frame, episodes)
+        metrics = evaluations([self.config], [self.agent], self.frame)[0]
         self.run.log(self.frame, metrics)
         return metrics
 
@@ -205,6 +209,7 @@ class Loop:
             "agent": self.agent.state_dict(),
             "timescales": self.timescales.state_dict(),
             "driver": self.driver.state_dict() if self.phase >= 0 else None,
+            "sessions": self.sessions.state_dict(),
             "replay": self.replay.state_dict(),
             "ratio": self.ratio.state_dict(),
             "generator": self.generator.get_state(),
@@ -221,6 +226,7 @@ class Loop:
         self.timescales.load_state_dict(state["timescales"])
         if state["driver"] is not None:
             self.driver.load_state_dict(state["driver"])
+        self.sessions.load_state_dict(state.get("sessions", {}))
         self.replay.load_state_dict(state["replay"])
         self.ratio.load_state_dict(state["ratio"])
         self.generator.set_state(state["generator"])
@@ -241,6 +247,7 @@ class Loop:
         ends: dict[type[BaseException] | None, State]
         ends = {None: "finished", KeyboardInterrupt: "stopped"}
         self.envs.close()
+        self.sessions.close()
         self.run.finish(ends.get(kind, "failed"))
         try:
             if self.config.tracking.pictures:

@@ -19,7 +19,7 @@ from experiments.build import slow_critic
 from experiments.config import Config, ConfigError
 from experiments.config.errors import shown
 from experiments.driver import Driver, Step, pack, replayed_batch, unpack
-from experiments.evaluate import contexts_of, evaluate_all
+from experiments.evaluate import evaluations
 from experiments.loop import Loop
 from experiments.progress import Progress
 
@@ -109,10 +109,9 @@ def learn(group: Group, loops: Sequence[Loop], measure: bool = False) -> None:
 def evaluate(group: Group, loops: Sequence[Loop]) -> list[dict[str, float]]:
     """Report the returns of every run in every context."""
     configs, lead = [loop.config for loop in loops], loops[0]
-    metrics = evaluate_all(
-        configs, group.agents, contexts_of(lead.config), lead.frame,
-        lead.config.evaluate.episodes, act=lambda drivers: step_together(group, drivers),
-    )  # fmt: skip
+    metrics = evaluations(
+        configs, group.agents, lead.frame, lambda drivers: step_together(group, drivers)
+    )
     for loop, found in zip(loops, metrics, strict=True):
         loop.run.log(loop.frame, found)
     return metrics

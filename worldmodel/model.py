@@ -14,7 +14,7 @@ from worldmodel.encoder import Decoder, Encoder
 from worldmodel.heads import Binary, Draws, TwoHot, kl
 from worldmodel.nets import at_least_float32, exact_on_cpu
 from worldmodel.rssm import RSSM, MemoryUse, Posterior
-from worldmodel.types import Batch, Carry, Latent
+from worldmodel.types import NOBODY, Batch, Carry, Latent
 
 FAST_FORGETS = ("episode", "session", "never")
 
@@ -22,10 +22,10 @@ FAST_FORGETS = ("episode", "session", "never")
 class WorldModel(nn.Module):
     """encoder, dynamics, decoder, reward and continuation head.
 
-    forget: when fast weights go back to their initial state. In plain training an environment
-    slot is a user and its session is the episode, so `session` and `episode` both reset at
-    `first`; `never` keeps them. discount: 1 - 1 / horizon, folded into the continuation target,
-    so that imagination needs no separate discount.
+    forget: when fast weights go back to their initial state: at every `first`, at a `first` where
+    another user has sat down, or never. users: whether rows tell users apart; without, a slot is
+    one user whose session is the episode, so `session` is `episode`. discount: 1 - 1 / horizon,
+    folded into the continuation target, so that imagination needs no separate discount.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class WorldModel(nn.Module):
         forget: str = "session",
         discount: float = 1 - 1 / 333,
         free_nats: float = 1.0,
+        users: bool = False,
     ):
         super().__init__()
         if forget not in FAST_FORGETS:
@@ -45,10 +46,13 @@ class WorldModel(nn.Module):
         self.encoder, self.dynamics, self.decoder = encoder, dynamics, decoder
         self.reward, self.continues = reward, continues
         self.forget, self.discount, self.free_nats = forget, discount, free_nats
+        self.users = users
 
     def initial(self, batch: int) -> Carry:
         """The carry of `batch` rows before their first step."""
-        return self.dynamics.initial(batch)
+        carry = self.dynamics.initial(batch)
+        nobody = torch.full((batch,), NOBODY, device=carry.latent.deter.device)
+        return carry._replace(user=nobody) if self.users else carry
 
     def observe(
         self,
@@ -58,11 +62,21 @@ class WorldModel(nn.Module):
         use: MemoryUse = "write",
     ) -> tuple[Posterior, Carry]:
         """Filter (B, T, ...) rows from `carry`; any split of T gives the same result."""
-        forget = torch.zeros_like(batch.first) if self.forget == "never" else batch.first
+        forget = self._forgotten(batch, carry)
         tokens = self.encoder(batch.obs)
         with exact_on_cpu(tokens):
             rows = (at_least_float32(tokens), batch.action, batch.first, forget)
-            return self.dynamics.observe(carry, *rows, use, generator)
+            posterior, carry = self.dynamics.observe(carry, *rows, use, generator)
+        return posterior, carry._replace(user=batch.user[:, -1] if self.users else ())
+
+    def _forgotten(self, batch: Batch, carry: Carry) -> Tensor:
+        """Rows (B, T) whose fast weights go back to their initial state."""
+        if self.forget == "never":
+            return torch.zeros_like(batch.first)
+        if self.forget == "episode" or not self.users:
+            return batch.first
+        before = torch.cat([carry.user[:, None], batch.user[:, :-1]], 1)
+        return batch.first & (batch.user != before)
 
     def losses(self, batch: Batch, posterior: Posterior) -> dict[str, Tensor]:
         """Every loss of the world model, unreduced: {name: (B, T)}."""

@@ -61,12 +61,17 @@ class Latent(NamedTuple):
     stoch: Tensor  # (B, S, C) one-hot samples
 
 
+NOBODY = -1  # as a user
+
+
 class Carry(NamedTuple):
-    """Everything that continues from step to step: `latent`, and the fast weights.
+    """Everything that continues from step to step: `latent`, the fast weights, and whose they are.
 
     `fast` is any tree of NamedTuples of tensors with the batch axis first; `()` when there are
-    none.
+    none. `user` (B,) int64 is who was in the last row, NOBODY before the first; `()` where every
+    slot is one user and each of its episodes a session.
     """
 
     latent: Latent
     fast: Any
+    user: Any = ()

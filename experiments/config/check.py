@@ -8,9 +8,9 @@ import difflib
 
 from .errors import ConfigError, nearest
 from .levels import DescendConfig, LevelConfig, Levels, PullConfig
-from .models import SCALES, Config
+from .models import SCALES, WITH_USERS, Config
 
-RESERVED = ("slow_critic", "params", "init", "zero")  # names that the assembly uses itself
+RESERVED = ("slow_critic", "params", "init", "zero", "user")  # names that the assembly uses itself
 
 
 def check(config: Config) -> None:
@@ -19,10 +19,12 @@ def check(config: Config) -> None:
     _replay(config)
     _model(config)
     _scales(config)
+    _users(config)
     assert isinstance(config.timescales, Levels)
     levels = config.timescales.levels
     for name, level in levels.items():
         _level(name, level, levels)
+    _taught(config, levels)
 
 
 def _frames(config: Config) -> None:
@@ -81,6 +83,33 @@ def _model(config: Config) -> None:
         )  # fmt: skip
 
 
+def _users(config: Config) -> None:
+    users, memory = config.users, config.model.memory
+    if users is None:
+        return
+    if not config.env.has_users:
+        raise ConfigError(
+            "users", ..., f"the slots of {config.env.id} do not change hands",
+            f"leave it out, or use env.id={' or '.join(sorted(WITH_USERS))}",
+        )  # fmt: skip
+    if memory.kind == "none":
+        raise ConfigError(
+            "users", ..., "there are no fast weights to keep",
+            "leave it out, or use model.memory.kind=gated_delta",
+        )  # fmt: skip
+    if memory.forget != "session":
+        raise ConfigError(
+            "model.memory.forget", memory.forget,
+            "does not go with users:, where each has fast weights of their own",
+            "use session, and users.keep says whether they find them again",
+        )  # fmt: skip
+    if users.slots < config.env.num:
+        raise ConfigError(
+            "users.slots", users.slots, f"is fewer than env.num={config.env.num} sit at once",
+            f"use at least {config.env.num}",
+        )  # fmt: skip
+
+
 def _scales(config: Config) -> None:
     # Other keys may be names of observations; a near miss of a known loss is a slip.
     for key, value in config.agent.scales.items():
@@ -114,6 +143,29 @@ def _level(name: str, level: LevelConfig, levels: dict[str, LevelConfig]) -> Non
     _sources(field, name, level, levels)
 
 
+def _taught(config: Config, levels: dict[str, LevelConfig]) -> None:
+    """Levels that pull toward what users learned: one at most, where there is such a thing."""
+    flows = {name: level.flow for name, level in levels.items()}
+    names = [n for n, x in flows.items() if isinstance(x, PullConfig) and x.source == "user"]
+    for name in names:
+        field, unit = f"timescales.levels.{name}", levels[name].every.unit
+        if not config.env.has_users or config.model.memory.kind == "none":
+            raise ConfigError(
+                f"{field}.flow.source", "user",
+                f"{config.env.id} has no users who learn with this model",
+                f"use env.id={' or '.join(sorted(WITH_USERS))} and a model.memory",
+            )  # fmt: skip
+        if unit != "session":
+            raise ConfigError(
+                f"{field}.every.unit", unit, "users teach where their visit ends", "use session"
+            )
+        if name != names[0]:
+            raise ConfigError(
+                f"{field}.flow.source", "user", f"{names[0]} takes in the same visits",
+                "let one level learn from users, and others from that level",
+            )  # fmt: skip
+
+
 def _sources(field: str, name: str, level: LevelConfig, levels: dict[str, LevelConfig]) -> None:
     """Every name that a level reads from exists, and is not the level itself."""
     live = [] if level.copy_of is None else ["params"]
@@ -121,7 +173,7 @@ def _sources(field: str, name: str, level: LevelConfig, levels: dict[str, LevelC
     wanted = [(f"relax.{i}.to", x.to, ["init", "zero"]) for i, x in enumerate(level.relax)]
     wanted += [(f"reset.{i}.to", x.to, ["init"]) for i, x in enumerate(level.reset)]
     if isinstance(level.flow, PullConfig):
-        wanted.append(("flow.source", level.flow.source, []))
+        wanted.append(("flow.source", level.flow.source, ["user"]))
         if level.flow.outer is not None and level.flow.rate != 1:
             raise ConfigError(
                 f"{field}.flow.rate", level.flow.rate, "has no effect beside flow.outer",

@@ -121,7 +121,8 @@ class DescendConfig(Frozen):
 class PullConfig(Frozen):
     kind: Literal["pull"] = "pull"
     source: str = Field(
-        default="params", description="params (the live parameters) or a level's name"
+        default="params",
+        description="params (the live parameters), a level's name, or user: what users learned",
     )
     rate: Rate = Field(default=1.0, description="share of the way toward the source")
     outer: Rule | None = Field(

@@ -33,6 +33,8 @@ SCALES = {
     "policy": 1.0, "value": 1.0, "repvalue": 0.3,
 }  # fmt: skip
 
+WITH_USERS = frozenset({"UserPop-v0"})  # environments whose slots change hands
+
 Count = Annotated[int, Field(ge=1)]
 Scale = Annotated[float, Field(ge=0)]
 
@@ -63,6 +65,11 @@ class EnvConfig(Frozen):
         description="vector observation -> what each of its dimensions is divided by",
     )
 
+    @property
+    def has_users(self) -> bool:
+        """Whether rows tell who sits in a slot; elsewhere each slot is one user."""
+        return self.id in WITH_USERS
+
 
 class NoMemory(Frozen):
     kind: Literal["none"] = "none"
@@ -72,7 +79,9 @@ class _Memory(Frozen):
     dim: Count = Field(default=64, description="width of keys and values")
     heads: Count = Field(default=1, description="independent memories that share the width")
     forget: Literal["episode", "session", "never"] = Field(
-        default="session", description="when a slot's memory returns to its initial state"
+        default="session",
+        description="when a memory returns to its initial state; a session is a user's visit, or "
+        "an episode where every slot is one user",
     )
     imagine: Literal["write", "read", "off"] = Field(
         default="read", description="what imagination does with the memory"
@@ -264,6 +273,25 @@ class EvaluateConfig(Frozen):
     contexts: tuple[str, ...] = Field(
         default=(), description="hidden contexts to evaluate in; [] is those of env.contexts"
     )
+    off: bool = Field(
+        default=False, description="evaluate without the fast memory too, as CONTEXT_off"
+    )
+
+
+class UsersConfig(Frozen):
+    """Whose fast weights are kept between visits, where the environment has users."""
+
+    slots: Count = Field(
+        default=4096, description="users in memory; the least recently seen goes first"
+    )
+    store: Literal["disk"] | None = Field(
+        default=None,
+        description="where users go who leave memory: disk is the run's folder, null nowhere",
+    )
+    keep: bool = Field(
+        default=True,
+        description="a user who comes back finds what they learned; false: every visit starts anew",
+    )
 
 
 class LogConfig(Frozen):
@@ -307,6 +335,9 @@ class Config(Frozen):
     replay: ReplayConfig = Fifo()
     train: TrainConfig = TrainConfig()
     timescales: TimescalesConfig = Plain()
+    users: UsersConfig | None = Field(
+        default=None, description="the pool of users' fast weights; null: every visit starts anew"
+    )
     evaluate: EvaluateConfig = EvaluateConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -188,10 +188,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def last_score(rows: list[Row]) -> float | None:
-    """Mean over contexts of the newest evaluation's score, or return where there is no score."""
+    """Mean over contexts of the newest evaluation's score, or return where there is no score.
+
+    Evaluations without fast weights are left out.
+    """
     for row in reversed(rows):
         for kind in ("/score", "/return"):
-            names = [name for name in row.metrics if name.startswith("eval/")]
+            names = [n for n in row.metrics if n.startswith("eval/") and "_off/" not in n]
             values = [row.metrics[name] for name in names if name.endswith(kind)]
             if values:
                 return sum(values) / len(values)

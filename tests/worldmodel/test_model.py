@@ -83,6 +83,27 @@ def test_fast_weights_are_forgotten_at_first_unless_configured_never():
         assert same == equal
 
 
+@pytest.mark.parametrize("cuts", [[0, 7], [0, 1, 2, 3, 4, 5, 6, 7], [0, 2, 5, 7]])
+def test_fast_weights_are_forgotten_where_another_user_sits_down(cuts: list[int]):
+    """A new episode of the same user keeps them; any split of time gives the same."""
+    agent, batch = make_agent(memory=True), make_batch()
+    agent.world.users = True
+    first, user = torch.zeros_like(batch.first), torch.zeros_like(batch.user)
+    first[:, [0, 2, 5]], user[:, 5:] = True, 1
+    user[3, 2:] = 2  # this slot changes hands earlier
+    batch = batch._replace(first=first, user=user)
+    carry, weights = agent.initial(4), []
+    for a, b in pairwise(cuts):
+        posterior, carry = agent.world.observe(split(batch, a, b), carry)
+        weights.append(posterior.fast.weights)
+    found = torch.cat(weights, 1)
+    for t, forgotten in ((2, [3]), (5, [0, 1, 2, 3])):
+        once, _ = agent.world.observe(split(batch, t, t + 1), agent.initial(4))
+        same = torch.isclose(found[:, t], once.fast.weights[:, 0], atol=1e-6).flatten(1).all(1)
+        assert same.nonzero().flatten().tolist() == forgotten
+    assert carry.user.tolist() == [1, 1, 1, 1]
+
+
 @pytest.mark.parametrize("use", ["read", "off"])
 def test_fast_weights_are_only_written_when_asked(use: MemoryUse):
     agent, batch = make_agent(memory=True), make_batch()
