@@ -4,7 +4,8 @@ A visit ends where another user sits down. What it taught the fast weights, as a
 the memory's start, is then taken into the mean that a level with `source: user` pulls the start
 toward (FedAvg, 1602.05629; Reptile, 1803.02999), and the state goes to a pool, where the user finds
 it again. Kept are the weights themselves and not displacements: they stay what they are when the
-start moves, so nothing counts twice and there is nothing to rebase.
+start moves, so nothing counts twice and there is nothing to rebase. Replay keeps fast weights at
+the start of a sequence only: who comes in the middle of one begins there as a new user would.
 """
 
 from collections.abc import Mapping
