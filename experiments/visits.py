@@ -117,8 +117,11 @@ class Seats:
         live, learned = timescales.weights("params"), starts(agent.initial(1).fast)
         self.slow = {name: live[name] for name in learned}
         self.visits = Visits.none(self.slow)
-        pulls = [x for x in timescales.levels if isinstance(x.flow, Pull)]
-        self.taught = {x.name for x in pulls if x.flow.source == SOURCE}
+        self.taught = {
+            level.name
+            for level in timescales.levels
+            if isinstance(level.flow, Pull) and level.flow.source == SOURCE
+        }
         for name in self.taught:
             check_taught(name, timescales.weights(name), self.slow)
 
