@@ -90,7 +90,7 @@ def test_fast_weights_are_forgotten_where_another_user_sits_down(cuts: list[int]
     agent.world.users = True
     first, user = torch.zeros_like(batch.first), torch.zeros_like(batch.user)
     first[:, [0, 2, 5]], user[:, 5:] = True, 1
-    user[3, 2:] = 2  # this slot changes hands earlier
+    user[3, 2:5] = 2  # this slot changes hands earlier, too
     batch = batch._replace(first=first, user=user)
     carry, weights = agent.initial(4), []
     for a, b in pairwise(cuts):
