@@ -115,7 +115,7 @@ def surprise(work: Work) -> float:
     return float(found / uniform)
 
 
-def observed(work: Work, clip: Clip) -> tuple[Clip, tuple[Tensor, object]]:
+def observed(work: Work, clip: Clip) -> tuple[Clip, tuple[Tensor, Context]]:
     """All frames of a clip but the last, and what the dynamics make of them."""
     past = Clip(*(x[:, :-1] for x in clip))
     start = work.agent.dynamics.initial(len(clip.first))

@@ -1,6 +1,6 @@
 """Things that learn while they run: state in, state out, users axis first."""
 
-from nested import fast
+from nested import fast, held
 from nested.adapt import Adapter, AdapterState, Window, adapt
 from nested.cms import ChainState, ContinuumMemory
 from nested.consolidate import Moves, Visits

@@ -26,10 +26,10 @@ def episode(number: int, length: int) -> Arrays:
 
 @pytest.fixture
 def clips() -> Clips:
-    with Writer("data", SPEC, shard=6) as writer:  # three shards
+    with Writer(Path("data"), SPEC, shard=6) as writer:  # three shards
         for number, length in enumerate(LENGTHS):
             writer.add(episode(number, length))
-    return Clips.open("data")
+    return Clips.open(Path("data"))
 
 
 def test_what_was_written_is_read(clips: Clips):
@@ -83,18 +83,18 @@ def test_a_translated_column_stands_beside_the_others(clips: Clips):
 
 
 def test_half_an_episode_and_half_a_data_set_are_refused():
-    writer = Writer("broken", SPEC)
+    writer = Writer(Path("broken"), SPEC)
     with pytest.raises(ValueError, match="`first` in its first row"):
         writer.add({k: v[1:] for k, v in episode(0, 4).items()})
     with pytest.raises(ValueError, match="an episode has"):
         writer.add({"reward": np.zeros(3)})
     writer.add(episode(0, 4))
     with pytest.raises(ConfigError, match="no data set"):
-        Clips.open("broken")
+        Clips.open(Path("broken"))
     writer.close()
-    assert Clips.open("broken").frames == 4
+    assert Clips.open(Path("broken")).frames == 4
     with pytest.raises(ConfigError, match="holds a data set"):
-        Writer("broken", SPEC)
+        Writer(Path("broken"), SPEC)
 
 
 def test_npz_episodes_are_converted(tmp_path: Path):
@@ -103,7 +103,7 @@ def test_npz_episodes_are_converted(tmp_path: Path):
         choice = np.array([0, 2, 1, 2])
         flags = {"reward": one["reward"], "terminal": one["terminal"]}
         arrays = {"obs.image": one["obs.image"], "action": choice, **flags}
-        np.savez(tmp_path / f"{number}.npz", **arrays)
+        np.savez(tmp_path / f"{number}.npz", **arrays)  # pyright: ignore[reportArgumentType]
     clips = Clips.open(convert(str(tmp_path), tmp_path / "out"))
     assert clips.spec == SPEC
     rows = clips.read(clips.episodes[1], 0, 4)
