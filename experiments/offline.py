@@ -16,6 +16,7 @@ from agents.offline import following
 from experiments.config.dreamer4 import Dreamer4Config
 from experiments.offline_loop import Work
 from worldmodel.shortcut import Clip
+from worldmodel.transformer import Context
 
 
 def learn(config: Dreamer4Config, resume: Path | None = None) -> Path:
