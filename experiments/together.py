@@ -27,6 +27,7 @@ SAME = (
     "frames", "device", "precision", "threads", "env", "model", "agent", "replay.batch",
     "replay.length", "train", "evaluate", "log",
 )  # fmt: skip
+GROUPED = ("none", "hebb", "delta", "gated_delta")  # memories whose weights may have groups
 
 
 class Watch(Protocol):
@@ -119,10 +120,17 @@ def evaluate(group: Group, loops: Sequence[Loop]) -> list[dict[str, float]]:
 
 def check(configs: Sequence[Config]) -> None:
     """Raises ConfigError unless all that shapes an agent or counts its updates is the same."""
+    alone = "train them one by one"
+    for config in configs:
+        if config.env.pixels:
+            raise ConfigError("env.pixels", True, "runs side by side see vectors", alone)
+        if config.model.memory.kind not in GROUPED:
+            problem = f"runs side by side have one of {', '.join(GROUPED)}"
+            raise ConfigError("model.memory.kind", config.model.memory.kind, problem, alone)
     trees = [config.tree() for config in configs]
     for tree in trees[1:]:
         for path in SAME:
             one, other = (reduce(getitem, path.split("."), t) for t in (trees[0], tree))
             if one != other:
                 problem = f"runs side by side need one value, and another has {shown(one)}"
-                raise ConfigError(path, other, problem, "train them one by one")
+                raise ConfigError(path, other, problem, alone)

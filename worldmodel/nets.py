@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from nested import fast, linear
+
 EPSILON = 1e-4
 MANY = 1 << 15  # elements from which a node by hand pays for its overhead
 
@@ -62,10 +64,7 @@ class BlockLinear(nn.Module):
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (..., in) times weight (in, out), plus bias (out,)."""
-    if weight.ndim == 2:
-        return F.linear(x, weight.t(), bias)
-    rows = x.reshape(len(weight), -1, x.shape[-1])
-    return torch.bmm(rows, weight).add_(bias.unsqueeze(1)).view(*x.shape[:-1], -1)
+    return fast.affine(x, weight.mT, bias)
 
 
 def addmm(add: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -152,7 +151,7 @@ def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
 
 def readable(x: Tensor) -> bool:
     """Whether a compiler or torch.func is at work on x: they take no node written by hand."""
-    return torch.compiler.is_compiling() or torch.func.debug_unwrap(x, recurse=False) is not x
+    return torch.compiler.is_compiling() or linear.transformed(x)
 
 
 class NormSiLU(torch.autograd.Function):
@@ -227,8 +226,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def exact_on_cpu(x: Tensor) -> AbstractContextManager[object]:
     """No autocast where x is on a CPU: casts cost more there than small products gain."""
-    cast = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    return torch.autocast("cpu", enabled=False) if cast else nullcontext()
+    return linear.exact(x) if x.device.type == "cpu" else nullcontext()
 
 
 def symlog(x: Tensor) -> Tensor:

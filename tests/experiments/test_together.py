@@ -61,6 +61,19 @@ def test_schedules_and_replays_may_differ(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("override", "field"),
+    [("model.memory.kind=neural", "model.memory.kind"), ("env.pixels=true", "env.pixels")],
+)
+def test_agents_that_cannot_be_grouped_are_refused_before_a_folder(
+    tmp_path: Path, override: str, field: str
+):
+    with pytest.raises(ConfigError) as caught:
+        train_together([config(tmp_path, override), config(tmp_path, "seed=1", override)])
+    assert caught.value.field == field
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
     [("agent.horizon=4", "agent"), ("replay.batch=8", "replay.batch"), ("frames=512", "frames")],
 )
 def test_runs_that_cannot_be_in_step_are_refused_before_a_folder(
