@@ -21,8 +21,9 @@ OWN: dict[str, tuple[str, ...]] = {
 # Environments that step all slots at once, and the env.kwargs that each takes.
 NATIVE: dict[str, dict[str, type]] = {
     "CartPoleShift-v0": {},
-    "UserPop-v0": {"oracle": bool, "epoch": int, "population": int},
+    "UserPop-v0": {"oracle": bool, "epoch": int, "population": int, "differ": list},
 }
+DIFFER = ("sign", "gravity", "length", "delay", "rotation", "wishes")  # traits of UserPop's users
 
 # What an id starts with: the package that is needed, and what installs it.
 EXTRAS = {
@@ -123,3 +124,9 @@ def _native(config: Config) -> None:
             raise ConfigError(
                 f"env.kwargs.{key}", value, f"{env.id} does not take it", f"it takes {listed}"
             )
+    for i, trait in enumerate(env.kwargs.get("differ", ())):
+        if trait not in DIFFER:
+            raise ConfigError(
+                f"env.kwargs.differ.{i}", trait, f"users of {env.id} have no such trait",
+                f"one of {', '.join(DIFFER)}",
+            )  # fmt: skip

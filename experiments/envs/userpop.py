@@ -2,8 +2,9 @@
 
 A user's eight hidden numbers bend the physics (action sign and gain, gravity, length, delay,
 rotation of the actions) and weigh what is rewarded (position, energy, smoothness, target). They are
-never observed, unless `oracle` appends them. All slots are stepped at once in numpy. A user sits in
-a slot for a visit of 1 to 5 episodes, then another one does.
+never observed, unless `oracle` appends them; `differ` names the traits in which users differ, and
+in the others all are plain CartPoles. All slots are stepped at once in numpy. A user sits in a slot
+for a visit of 1 to 5 episodes, then another one does.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from experiments.envs.cartpole import (
     slot_keys,
     start_states,
 )
+from experiments.envs.known import DIFFER
 from experiments.envs.population import SIZE, SPLITS, Population, checked, visitors
 from experiments.envs.rows import Envs, Row, check_action
 from worldmodel.types import ActionSpec, ObsSpec
@@ -44,22 +46,29 @@ class Traits(NamedTuple):
     half: np.ndarray  # (N,) half the pole's length, m
     delay: np.ndarray  # (N,) int, steps until a command acts
     rotation: np.ndarray  # (N,) int, by which the actions are permuted
-    weights: np.ndarray  # (N, 4) of the features in the reward, which sum to one
+    weights: np.ndarray  # (N, 4) of the features in the reward, which sum to one, or zeros
+    alive: np.ndarray  # (N,) what a step is worth whatever its features: 0, or 1 without wishes
 
 
-def traits(contexts: np.ndarray) -> Traits:
-    """The traits of hidden numbers (N, 8); thirds of a standard normal make the whole numbers."""
+def traits(contexts: np.ndarray, differ: Sequence[str] = DIFFER) -> Traits:
+    """The traits of hidden numbers (N, 8); thirds of a standard normal make the whole numbers.
+
+    A trait that is not in `differ` is that of CartPole-v1, where a step is worth 1.
+    """
     sign, gravity, length, delay, rotation, *wishes = contexts.T
     third = np.array([-0.4307, 0.4307])
     logits = np.stack([np.zeros(len(contexts)), *wishes], 1)
     weights = np.exp(logits - logits.max(1, keepdims=True))
+    force = np.where(sign < 0, -FORCE, FORCE) * np.clip(0.7 + 0.4 * np.abs(sign), 0.7, 1.7)
+    told = {name: float(name in differ) for name in DIFFER}
     return Traits(
-        np.where(sign < 0, -FORCE, FORCE) * np.clip(0.7 + 0.4 * np.abs(sign), 0.7, 1.7),
-        9.8 * np.exp(np.clip(0.3 * gravity, -0.8, 0.8)),
-        0.5 * np.exp(np.clip(0.3 * length, -0.7, 0.7)),
-        np.digitize(delay, third),
-        np.digitize(rotation, third),
-        weights / weights.sum(1, keepdims=True),
+        force if "sign" in differ else np.full(len(contexts), FORCE),
+        9.8 * np.exp(told["gravity"] * np.clip(0.3 * gravity, -0.8, 0.8)),
+        0.5 * np.exp(told["length"] * np.clip(0.3 * length, -0.7, 0.7)),
+        np.digitize(delay, third) * ("delay" in differ),
+        np.digitize(rotation, third) * ("rotation" in differ),
+        weights / weights.sum(1, keepdims=True) * told["wishes"],
+        np.full(len(contexts), 1.0 - told["wishes"]),
     )
 
 
@@ -95,8 +104,12 @@ class UserPopVectorEnv(VectorEnv):
         oracle: bool = False,
         max_episode_steps: int = CAP,
         render_mode: None = None,
+        differ: Sequence[str] = DIFFER,
     ):
-        self.num_envs = num_envs
+        unknown = [name for name in differ if name not in DIFFER]
+        if unknown:
+            raise ValueError(f"users of {ID} cannot differ in {unknown[0]!r}, only in {DIFFER}")
+        self.num_envs, self.differ = num_envs, tuple(differ)
         self.render_mode = render_mode
         self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
         bound = [2 * MAX_POSITION, np.inf, 2 * MAX_ANGLE, np.inf, *[np.inf] * (SIZE * oracle)]
@@ -130,7 +143,7 @@ class UserPopVectorEnv(VectorEnv):
         """Seats users (N,) at once."""
         self.users = users.copy()
         self.contexts = self.population.contexts(users, self.epoch)
-        self.traits = traits(self.contexts)
+        self.traits = traits(self.contexts, self.differ)
 
     def load_seed(self, seed: int) -> None:
         """The seed of all start states and visitors from the next one on."""
@@ -166,7 +179,8 @@ class UserPopVectorEnv(VectorEnv):
         acting = self.commands[who.delay, np.arange(self.num_envs)]
         self.state = advance(self.state, acting * who.force, who.half, who.gravity)
         self.steps += 1
-        reward = (features(self.state[0], command, previous) * who.weights).sum(1)
+        wishes = (features(self.state[0], command, previous) * who.weights).sum(1)
+        reward = who.alive + wishes
         if restart.any():
             ended = np.flatnonzero(restart)
             self.episodes[ended] += np.uint64(1)
@@ -200,7 +214,7 @@ class UserPopVectorEnv(VectorEnv):
         self.visits[free] += 1
         self.users[free] = users
         self.contexts[free] = self.population.contexts(users, self.epoch)
-        self.traits = traits(self.contexts)
+        self.traits = traits(self.contexts, self.differ)
 
 
 def split_numbers(split: str | Sequence[str], num: int) -> np.ndarray:
@@ -250,7 +264,8 @@ class UserPopEnvs(Envs):
         self.obs_spec = {"state": ObsSpec("vector", (self._vector.width,))}
         self.action_spec = ActionSpec("discrete", (ACTIONS,))
         self.num = num
-        self.cap = None  # the wishes of a user contradict each other
+        # the wishes of a user contradict each other
+        self.cap = None if "wishes" in self._vector.differ else float(limit)
         self._row: Row | None = None
 
     def reset(self, context: str | Sequence[str] | None = None) -> Row:

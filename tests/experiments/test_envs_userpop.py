@@ -163,7 +163,22 @@ def test_traits_cover_what_they_say():
     assert who.weights.sum(1) == pytest.approx(np.ones(5000))
     plain = traits(np.zeros((1, SIZE)))
     assert (plain.gravity[0], plain.half[0], plain.delay[0]) == (9.8, 0.5, 1)
-    assert plain.weights[0].tolist() == [0.25] * 4
+    assert plain.weights[0].tolist() == [0.25] * 4 and not plain.alive.any()
+
+
+def test_users_differ_in_what_is_named_and_else_are_plain_cartpoles():
+    contexts = Population().contexts(np.arange(50))
+    whole, plain = traits(contexts), traits(contexts, ())
+    for found, value in zip(plain, (FORCE, 9.8, 0.5, 0, 0, 0.0, 1.0), strict=True):
+        assert (found == value).all()
+    some = traits(contexts, ("sign", "length"))
+    assert some.force.tolist() == whole.force.tolist() and some.half.tolist() == whole.half.tolist()
+    assert some.gravity.tolist() == plain.gravity.tolist() and (some.alive == 1).all()
+    envs = UserPopEnvs(8, limit=50, differ=["sign"])
+    assert envs.cap == 50 and UserPopEnvs(8).cap is None
+    row = envs.reset()
+    after = envs.step(random_action(envs.action_spec, 8, np.random.default_rng(0)))
+    assert row.first.all() and (after.reward == 1).all()
 
 
 def test_commands_act_after_the_delay_and_through_the_rotation():
@@ -288,12 +303,19 @@ def test_the_configuration_opens_it():
     wrong = load_config("default", [f"env.id={ID}", "env.kwargs={oracle: 3}"])
     with pytest.raises(ConfigError, match="oracle: bool"):
         check_config(wrong)
+    wrong = load_config("default", [f"env.id={ID}", "env.kwargs={differ: [sign, mass]}"])
+    with pytest.raises(
+        ConfigError, match=r"differ\.1 = mass\n.*no such trait\none of sign, gravity"
+    ):
+        check_config(wrong)
     assert set(NATIVE) < set(OWN)
 
 
 def test_mistakes_name_the_way_out():
     with pytest.raises(ValueError, match=r"split 'test'.*\['train', 'users', 'clusters'\]"):
         VectorEnv(2, split="test")
+    with pytest.raises(ValueError, match="cannot differ in 'mass'"):
+        VectorEnv(2, differ=["mass"])
     with pytest.raises(ValueError, match="1 users for 2 slots"):
         VectorEnv(2, user_ids=[1])
     with pytest.raises(ValueError, match="2 splits for 3 slots"):
