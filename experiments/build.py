@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from agents import Dreamer, make_actor
 from experiments.config import Config, ConfigError, LevelConfig, Part, levels_of
 from experiments.config.levels import DescendConfig, PullConfig
+from experiments.config.models import MemoryConfig
 from nested import (
     TTTMLP,
     ContinuumMemory,
@@ -82,7 +83,7 @@ def _dreamer(config: Config, obs_spec: dict[str, ObsSpec], action_spec: ActionSp
         model.classes,
         model.blocks,
         agent.unimix,
-        _memory(config),
+        make_memory(model.memory, 3 * model.hidden, model.hidden),
     )
     decoder = Decoder(
         obs_spec,
@@ -120,15 +121,14 @@ def _dreamer(config: Config, obs_spec: dict[str, ObsSpec], action_spec: ActionSp
     )
 
 
-def _memory(config: Config) -> nn.Module | None:
-    memory = config.model.memory
+def make_memory(memory: MemoryConfig, dim_in: int, dim_out: int) -> nn.Module | None:
+    """A memory from its configuration; its initialisation is torch's global generator's."""
     if memory.kind == "none":
         return None
     settings = memory.model_dump(exclude={"kind", "forget", "imagine"})
     if "forget_rate" in settings:
         settings["forget"] = settings.pop("forget_rate")
-    hidden = config.model.hidden
-    return MEMORIES[memory.kind](3 * hidden, hidden, **settings)
+    return MEMORIES[memory.kind](dim_in, dim_out, **settings)
 
 
 def loss_scales(config: Config, obs_spec: Mapping[str, ObsSpec]) -> dict[str, float]:
