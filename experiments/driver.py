@@ -4,7 +4,7 @@ The driver holds what continues between steps: the agent's carry, the current ro
 so far. Row and carry go to the replay together, so a chunk starts with the state it was acted in.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,8 +42,8 @@ class Driver:
         self._return = np.zeros(envs.num, np.float64)
         self._length = np.zeros(envs.num, np.int64)
 
-    def reset(self, context: str | None = None) -> None:
-        """Start new episodes in every slot, in a hidden context if one is named."""
+    def reset(self, context: str | Sequence[str] | None = None) -> None:
+        """Start new episodes in every slot, in a hidden context, or one a slot, if named."""
         self._begin(self.envs.reset(context))
 
     def _begin(self, row: Row) -> None:

@@ -15,11 +15,12 @@ from agents import Dreamer
 from experiments.build import build_agent, device_of
 from experiments.config import Config, load_config
 from experiments.driver import Driver, Step
-from experiments.envs import make_envs
+from experiments.envs import cartpole, make_envs
 from worldmodel.rssm import MemoryUse
 
 SLOTS = 4  # evaluation slots for each training slot, so that slow environments stay few
 DEFAULT = "default"  # the context of an environment that has none
+MIXES = (cartpole.ID,)  # whose slots may be in different contexts: all are played at once
 
 Act = Callable[[Sequence[Driver]], list[Step]]
 
@@ -63,26 +64,37 @@ def evaluate_all(
     num = min(episodes, SLOTS * configs[0].env.num)
     seeds = [np.random.SeedSequence([c.seed, 1, moment]).generate_state(1)[0] for c in configs]
     metrics: list[dict[str, float]] = [{} for _ in configs]
+    mixes = configs[0].env.id in MIXES
+    batches = [contexts] if mixes else [[context] for context in contexts]
     with ExitStack() as stack:
-        envs = [make_envs(c.env, num, int(s)) for c, s in zip(configs, seeds, strict=True)]
+        slots = num * len(batches[0])
+        envs = [make_envs(c.env, slots, int(s)) for c, s in zip(configs, seeds, strict=True)]
         for one in envs:
             stack.callback(one.close)
         generators = [
             torch.Generator(device_of(c)).manual_seed(int(s))
             for c, s in zip(configs, seeds, strict=True)
         ]
-        for context in contexts:
+        for names in batches:
             parts = zip(agents, envs, generators, strict=True)
             drivers = [Driver(*part, use) for part in parts]
             for driver in drivers:
-                driver.reset(None if context == DEFAULT else context)
-            played = _play(drivers, num, -(-episodes // num), act)
-            for found, one, returns in zip(metrics, envs, played, strict=True):
-                mean = float(np.mean(returns))
-                found[f"eval/{context}/return"] = mean
-                if one.cap:
-                    found[f"eval/{context}/score"] = mean / one.cap
+                driver.reset(_each_slot(names, num))
+            played = _play(drivers, -(-episodes // num), act)
+            means = played.reshape(len(drivers), len(names), -1).mean(-1)
+            for found, one, row in zip(metrics, envs, means.tolist(), strict=True):
+                for context, mean in zip(names, row, strict=True):
+                    found[f"eval/{context}/return"] = mean
+                    if one.cap:
+                        found[f"eval/{context}/score"] = mean / one.cap
     return metrics
+
+
+def _each_slot(contexts: Sequence[str], num: int) -> str | list[str] | None:
+    """The context of every slot, `num` slots each; one name where there is one, None for none."""
+    if len(contexts) == 1:
+        return None if contexts[0] == DEFAULT else contexts[0]
+    return [context for context in contexts for _ in range(num)]
 
 
 def evaluations(
@@ -108,22 +120,17 @@ def renamed(metrics: Mapping[str, float]) -> dict[str, float]:
     return {f"{head}_off/{tail}": metrics[name] for name, (head, tail) in parts.items()}
 
 
-def _play(
-    drivers: Sequence[Driver],
-    num: int,
-    each: int,
-    act: Act,
-) -> list[list[float]]:
-    """Returns of the first `each` episodes of every slot, for every driver."""
-    left = np.full((len(drivers), num), each)
-    returns: list[list[float]] = [[] for _ in drivers]
-    while left.any():
+def _play(drivers: Sequence[Driver], each: int, act: Act) -> np.ndarray:
+    """Returns (drivers, slots, each) of the first `each` episodes of every slot."""
+    count = np.zeros((len(drivers), drivers[0].envs.num), np.int64)
+    returns = np.zeros((*count.shape, each))
+    while (count < each).any():
         for i, step in enumerate(act(drivers)):
             ended = np.flatnonzero(step.row.last)
             for slot, value in zip(ended, step.returns, strict=True):
-                if left[i, slot]:
-                    left[i, slot] -= 1
-                    returns[i].append(value)
+                if count[i, slot] < each:
+                    returns[i, slot, count[i, slot]] = value
+                    count[i, slot] += 1
     return returns
 
 

@@ -115,9 +115,9 @@ def cap_of(name: str, time_limit: int = 0) -> float | None:
 
 def _cartpole(config: EnvConfig, num: int, seed: int) -> Envs:
     limit = config.time_limit or cartpole.CAP
-    if config.pixels or config.kwargs or config.action_repeat != 1:
-        raise ValueError(f"{cartpole.ID} takes no pixels, no kwargs and no action_repeat")
-    return cartpole.CartPoleShiftEnvs(num, seed, limit)
+    if config.pixels or config.action_repeat != 1:
+        raise ValueError(f"{cartpole.ID} takes no pixels and no action_repeat")
+    return cartpole.CartPoleShiftEnvs(num, seed, limit, **config.kwargs)
 
 
 def _userpop(config: EnvConfig, num: int, seed: int) -> Envs:

@@ -204,12 +204,16 @@ class CartPoleShiftEnv(gymnasium.Env):
 
 
 class CartPoleShiftEnvs(Envs):
-    """CartPoleShift behind the `Envs` contract; its state is its arrays, nothing is replayed."""
+    """CartPoleShift behind the `Envs` contract; its state is its arrays, nothing is replayed.
 
-    def __init__(self, num: int, seed: int = 0, limit: int = CAP):
+    With `oracle` a second observation, `context` (N, 4), tells the context as a one-hot.
+    """
+
+    def __init__(self, num: int, seed: int = 0, limit: int = CAP, oracle: bool = False):
         self._vector = CartPoleShiftVectorEnv(num, limit)
         self._seed = seed
-        self.obs_spec = {"state": ObsSpec("vector", (4,))}
+        told = {"context": ObsSpec("vector", (len(NAMES),))} if oracle else {}
+        self.obs_spec = {"state": ObsSpec("vector", (4,)), **told}
         self.action_spec = ActionSpec("discrete", (2,))
         self.num = num
         self.cap = float(limit)
@@ -234,7 +238,9 @@ class CartPoleShiftEnvs(Envs):
     def _keep(self, obs, action, reward, first, terminal) -> Row:
         reward = reward.astype(np.float32)
         last = self._vector.over
-        self._row = Row({"state": obs}, action, reward, first, terminal, last, self._user)
+        told = {key: _one_hot(self._vector.context) for key in self.obs_spec if key == "context"}
+        seen = {"state": obs, **told}
+        self._row = Row(seen, action, reward, first, terminal, last, self._user)
         return self._row
 
     def state_dict(self) -> dict[str, Any]:
@@ -270,6 +276,11 @@ class CartPoleShiftEnvs(Envs):
 
     def close(self) -> None:
         """Nothing to free."""
+
+
+def _one_hot(context: np.ndarray) -> np.ndarray:
+    """Contexts by index (N,) as (N, 4) float32."""
+    return np.eye(len(NAMES), dtype=np.float32)[context]
 
 
 if ID not in gymnasium.registry:

@@ -20,7 +20,7 @@ OWN: dict[str, tuple[str, ...]] = {
 
 # Environments that step all slots at once, and the env.kwargs that each takes.
 NATIVE: dict[str, dict[str, type]] = {
-    "CartPoleShift-v0": {},
+    "CartPoleShift-v0": {"oracle": bool},
     "UserPop-v0": {"oracle": bool, "epoch": int, "population": int, "differ": list},
 }
 DIFFER = ("sign", "gravity", "length", "delay", "rotation", "wishes")  # traits of UserPop's users

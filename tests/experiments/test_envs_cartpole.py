@@ -165,3 +165,16 @@ def test_registered_with_gymnasium():
     np.testing.assert_array_equal(obs[0], first)
     ends = [bool(single.step(int(i % 2))[3]) for i in range(1, 10)]
     assert not any(ends)
+
+
+def test_an_oracle_sees_the_context_of_every_slot():
+    envs = CartPoleShiftEnvs(3, oracle=True)
+    row = envs.reset(["heavy", "normal", "flipped"])
+    assert envs.obs_spec["context"].shape == (4,)
+    assert row.obs["context"].argmax(1).tolist() == [3, 0, 1]
+    row = envs.step(np.eye(2, dtype=np.float32)[[0, 1, 0]])
+    assert row.obs["context"].sum(1).tolist() == [1.0] * 3
+    envs.reset("long")
+    again = CartPoleShiftEnvs(3, oracle=True)
+    assert again.load_state_dict(envs.state_dict()).obs["context"].argmax(1).tolist() == [2] * 3
+    assert set(CartPoleShiftEnvs(3).reset().obs) == {"state"}
