@@ -1,7 +1,8 @@
 """Streams of hidden contexts that an agent acts in, as cells of the continual-learning benchmark.
 
-`cl/CartPoleShift-v0`: CartPole in phases of equal length, normal, flipped, long, heavy; the agent
-is not told. A cell's seeds are runs that train side by side; R comes from their own evaluations.
+`cl/CartPoleShift-v0`: CartPole in phases of equal length, normal, flipped, long, heavy, and where
+asked for one of them again; the agent is not told. A cell's seeds are runs that train side by side;
+R comes from their own evaluations.
 A score is a return's share of the cap. Every step of CartPole earns one, so the mean reward of a
 step says nothing: `online` is the mean score of the episodes that ended while the task was learned.
 """
@@ -33,6 +34,7 @@ from worldmodel import Batch
 
 STREAM = "cl/CartPoleShift-v0"
 LAST = 3  # evaluations at the end of a phase that its score is the mean of
+LEARNED = 0.8  # a score that counts as learned
 
 
 def check(cell: Cell) -> None:
@@ -41,6 +43,11 @@ def check(cell: Cell) -> None:
     tasks, frames, every = options["tasks"], options["frames"], options["every"]
     if not 2 <= tasks <= len(NAMES):
         raise ConfigError("tasks", tasks, f"{STREAM} has {len(NAMES)}", "2 to 4 of them")
+    if options["again"] not in ("", *NAMES[:tasks]):
+        raise ConfigError(
+            "again", options["again"], "is none of the contexts that were learned",
+            f"one of {', '.join(NAMES[:tasks])}",
+        )  # fmt: skip
     if every < 1 or frames % every:
         raise ConfigError(
             "every", every, f"does not divide frames={frames}: no evaluation would end a phase",
@@ -55,7 +62,8 @@ def runs_of(cell: Cell, root: str) -> list[list[Config]]:
     """The runs of a cell, those in one list side by side: all seeds; `fresh` has a list a task."""
     method, options = AGENT_METHODS[cell.method], cell.options
     contexts = NAMES[: options["tasks"]]
-    phases = [[context] for context in contexts] if method.fresh else [contexts]
+    again = [options["again"]] if options["again"] else []
+    phases = [[context] for context in contexts] if method.fresh else [[*contexts, *again]]
     return [
         [configured(method, options, names, seed, root) for seed in cell.seeds] for names in phases
     ]
@@ -64,21 +72,15 @@ def runs_of(cell: Cell, root: str) -> list[list[Config]]:
 def run(cell: Cell, tell: Tell) -> Result:
     """Train the runs of a cell and read their metrics; the runs themselves are not kept."""
     options, started = cell.options, time.process_time()
-    clock = Clock(tell, options["tasks"] * options["frames"])
     parts: list[Part] = []
     with TemporaryDirectory(prefix="nested-continual-") as root:
-        for configs in runs_of(cell, root):
+        lists = runs_of(cell, root)
+        interactions = sum(configs[0].frames for configs in lists)
+        clock = Clock(tell, interactions)
+        for configs in lists:
             paths = train_together(configs, clock.watch)
             spools = [read(path / "metrics.jsonl") for path in paths]
             parts.append(join([part_of(rows, configs[0]) for rows in spools]))
-    course = np.concatenate([part.course for part in parts], 1)
-    frames = options["every"] * np.arange(course.shape[2])
-    by_task = {
-        "online": np.concatenate([part.online for part in parts], 1),
-        "auc": metrics.auc(frames, own(course)),
-        "adapt": metrics.adapt_area(own(course)[..., 1:], min(LAST, len(frames) - 1)),
-    }
-    interactions = options["tasks"] * options["frames"]
     updates = sum(part.updates for part in parts) / interactions
     info = {
         "core_seconds": clock.seconds,
@@ -87,8 +89,39 @@ def run(cell: Cell, tell: Tell) -> Result:
         "updates_per_interaction": updates,
         **costs(one_run(cell), updates),
         "contexts": list(NAMES[: options["tasks"]]),
+        "phases": [name for configs in lists for name in configs[0].env.contexts],
     }
-    return Result(scores_of(course), by_task, {"course": course, "frames": frames}, info)
+    course, online = (np.concatenate([part[i] for part in parts], 1) for i in range(2))
+    return result_of(course, online, options["every"], info)
+
+
+def result_of(course: np.ndarray, online: np.ndarray, every: int, info: dict[str, Any]) -> Result:
+    """The result of a course (S, P, T+1, N) and of the scores (S, P) of what was lived.
+
+    N phases are tasks, each in the context of its number; one more is a context that comes back.
+    """
+    tasks, frames = course.shape[3], every * np.arange(course.shape[2])
+    learned = course[:, :tasks]
+    areas = metrics.auc(frames, own(learned))
+    by_task = {
+        "online": online[:, :tasks],
+        "auc": areas,
+        "adapt": metrics.adapt_area(own(learned)[..., 1:], min(LAST, len(frames) - 1)),
+        "frames_to_learn": metrics.time_to(frames, own(learned), LEARNED),
+    }
+    by_seed: dict[str, np.ndarray] = {}
+    for back in info["phases"][tasks:]:
+        place = info["contexts"].index(back)
+        scores = course[:, -1, :, place]
+        area = metrics.auc(frames, scores)
+        by_seed = {
+            "again/kept": scores[:, 0],
+            "again/auc": area,
+            "again/savings": metrics.savings(areas[:, place], area),
+            "again/frames_to_learn": metrics.time_to(frames, scores, LEARNED),
+        }
+    arrays = {"course": course, "frames": frames}
+    return Result(scores_of(learned), by_task, arrays, info, by_seed)
 
 
 def one_run(cell: Cell) -> Config:

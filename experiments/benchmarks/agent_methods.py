@@ -2,7 +2,8 @@
 
 Schedules of levels, kinds of replay, fast memories, published methods and the two controls that a
 claim about k timescales must beat. CLS-ER is left out: its averages matter only to one who acts
-with them or learns from them, and in a configuration nobody does.
+with them or learns from them, and in a configuration nobody does; online EWC too, for nothing
+measures an agent's Fisher information yet.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,16 +13,18 @@ from experiments.config import Config, load_config
 from experiments.envs.cartpole import NAMES
 
 POWER = 0.5  # a level of period n learns with lr * n**POWER
-LEVELS = {3: ("fast", "mid", "slow")}
+LEVELS = {3: ("fast", "mid", "slow"), 5: ("fast", "mid1", "mid2", "mid3", "slow")}
 
 # What a cell may change, and what all methods share.
 FIELDS: dict[str, Any] = {
     "tasks": len(NAMES),
+    "again": "",  # the context of one more phase at the end, "" for none
     "frames": 10_000,  # of each phase
     "every": 1000,  # frames between evaluations
     "episodes": 16,  # of an evaluation, in each context
     "prefill": 1000,  # frames of random actions
     "ratio": 40.0,  # replayed frames for each frame
+    "replay": "fifo",  # of the methods that do not name one
     "capacity": 4096,  # frames that a replay keeps, of whatever kind
     "lr": 2.5e-4,
     "base": 2,  # ratio of the periods of neighbouring levels
@@ -31,13 +34,14 @@ FIELDS: dict[str, Any] = {
 }
 
 Options = Mapping[str, Any]
+Change = Callable[[Options], Sequence[str]]  # the options of a cell as `field=value` of a run
 
 
 class AgentMethod(NamedTuple):
     """A configuration: `changes` gives `field=value` for the options of a cell."""
 
     line: str
-    changes: Callable[[Options], Sequence[str]] = lambda options: ()
+    changes: Change = lambda options: ()
     fresh: bool = False  # a new agent for each task
 
 
@@ -54,7 +58,8 @@ def configured(
         f"env.contexts=[{','.join(contexts)}]", f"evaluate.contexts=[{stream}]",
         f"evaluate.every={options['every']}", f"evaluate.episodes={options['episodes']}",
         f"log.every={options['every']}", "checkpoint.every=0",
-        f"replay.capacity={options['capacity']}", "replay.batch=16", "replay.length=16",
+        f"replay.kind={options['replay']}", f"replay.capacity={options['capacity']}",
+        "replay.batch=16", "replay.length=16",
         f"train.ratio={options['ratio']}", f"train.prefill={options['prefill']}",
         "timescales.rule.kind=laprop", f"timescales.rule.lr={options['lr']}",
         "timescales.rule.warmup=100",
@@ -63,7 +68,7 @@ def configured(
     return load_config("plain", [*shared, *method.changes(options)])
 
 
-def clocked(k: int) -> Callable[[Options], list[str]]:
+def clocked(k: int) -> Change:
     """k levels by part of the agent, with periods 1, base, base**2 ..."""
     return lambda options: [
         "timescales.kind=geometric", f"timescales.k={k}", f"timescales.base={options['base']}",
@@ -71,18 +76,22 @@ def clocked(k: int) -> Callable[[Options], list[str]]:
     ]  # fmt: skip
 
 
-def scaled(options: Options) -> list[str]:
-    """The groups of k = 3 at every update, each at the rate that makes up for its period.
+def scaled(k: int) -> Change:
+    """The groups of k levels at every update, each at the rate that makes up for its period.
 
     Its rate over its period: a window of n steps with `lr n**POWER` on the mean gradient moves as
     far as n steps at `lr n**(POWER - 1)`.
     """
-    found = clocked(3)(options)
-    for i, name in enumerate(LEVELS[3]):
-        rate = options["lr"] * options["base"] ** (i * (POWER - 1))
-        level = f"timescales.levels.{name}"
-        found += [f"{level}.every.n=1", f"{level}.flow.rule.lr={rate!r}"]
-    return found
+
+    def changes(options: Options) -> list[str]:
+        found = [*clocked(k)(options)]
+        for i, name in enumerate(LEVELS[k]):
+            rate = options["lr"] * options["base"] ** (i * (POWER - 1))
+            level = f"timescales.levels.{name}"
+            found += [f"{level}.every.n=1", f"{level}.flow.rule.lr={rate!r}"]
+        return found
+
+    return changes
 
 
 def accumulated(options: Options) -> list[str]:
@@ -109,29 +118,46 @@ def with_memory(options: Options) -> list[str]:
     return ["model.memory.kind=gated_delta", "model.memory.dim=32", "model.memory.heads=1"]
 
 
-def replay(kind: str) -> Callable[[Options], list[str]]:
-    """Another replay of the same capacity."""
+def replay(kind: str) -> Change:
+    """This replay, of the same capacity."""
     return lambda options: [f"replay.kind={kind}"]
 
 
-AGENT_METHODS = {
-    "plain": AgentMethod("k=1: every parameter at every update; replay keeps the newest"),
+def told(options: Options) -> list[str]:
+    """The context is part of the observation."""
+    return ["env.kwargs={oracle: true}"]
+
+
+def both(*changes: Change) -> Change:
+    """One change after another."""
+    return lambda options: [word for change in changes for word in change(options)]
+
+
+METHODS = {
+    "plain": AgentMethod("k=1: every parameter at every update"),
+    "fifo": AgentMethod("k=1, replay keeps the newest", replay("fifo")),
     "reservoir": AgentMethod("k=1, replay is a uniform sample of the past", replay("reservoir")),
     "mixed": AgentMethod("k=1, replay is half the newest, half a sample", replay("mixed")),
-    "k3": AgentMethod("k=3 by part of the agent, periods 1, 2, 4", clocked(3)),
-    "k5": AgentMethod("k=5 by part of the agent, periods 1, 2, 4, 8, 16", clocked(5)),
-    "plain_fast": AgentMethod("k=1 with a fast memory in the dynamics", with_memory),
-    "k3_fast": AgentMethod(
-        "k=3 with a fast memory in the dynamics",
-        lambda options: [*clocked(3)(options), *with_memory(options)],
-    ),
+    "k3": AgentMethod("k=3 by part of the agent, periods 1, base, base**2", clocked(3)),
+    "k5": AgentMethod("k=5 by part of the agent, periods 1 to base**4", clocked(5)),
     "k3_rates": AgentMethod(
-        "control of k3: the same groups at every update, rates scaled to the same travel", scaled
+        "control of k3: the same groups at every update, rates scaled to the same travel", scaled(3)
     ),
     "accumulate": AgentMethod(
-        "control: all parameters on the mean gradient of 2 batches", accumulated
+        "control: all parameters on the mean gradient of `base` batches", accumulated
     ),
+}
+FAST = ("plain", "reservoir", "k3", "k5", "k3_rates", "accumulate")  # also with a fast memory
+AGENT_METHODS = {
+    **METHODS,
+    **{
+        f"{name}_fast": AgentMethod(
+            f"{name} with a fast memory in the dynamics", both(METHODS[name].changes, with_memory)
+        )
+        for name in FAST
+    },
     "l2_init": AgentMethod("decay toward the initial weights", l2_init),
     "hare_tortoise": AgentMethod("returns to an average of its own path", hare_tortoise),
+    "oracle": AgentMethod("k=1 that sees the context", told),
     "fresh": AgentMethod("a new agent for each task: the reference of plasticity", fresh=True),
 }

@@ -101,7 +101,16 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def _metrics(found: Mapping[str, Any]) -> str:
-    names = (*SHOWN, "forward_transfer/ref", "fresh_gap", "dormant", "erank")
+    methods = found["methods"].values()
+    others = (
+        "forward_transfer/ref",
+        "fresh_gap",
+        "dormant",
+        "erank",
+        "again/kept",
+        "again/savings",
+    )
+    names = (*SHOWN, *(name for name in others if any(name in row["metrics"] for row in methods)))
     short = {"forward_transfer/ref": "FT/ref"}
     lines = [
         f"{'method':16}" + "".join(f"{short.get(name, name):>24}" for name in names)
@@ -120,7 +129,7 @@ def _metrics(found: Mapping[str, Any]) -> str:
 def _pairs(found: Mapping[str, Any]) -> str:
     if not found["pairs"]:
         return ""
-    names = tuple(next(iter(found["pairs"].values())))
+    names = [name for name in next(iter(found["pairs"].values())) if "frames" not in name]
     lines = [f"{'paired by seed':28}" + "".join(f"{name:>24}" for name in names)]
     for pair, row in found["pairs"].items():
         cells = "".join(f"{interval(row.get(name), name[0] != 'P'):>24}" for name in names)

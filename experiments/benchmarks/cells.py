@@ -1,24 +1,31 @@
 """Cells: a stream, a method and seeds give one result, in a folder of its own.
 
 A folder appears whole or not at all, so a suite that is killed goes on with the cell it was in and
-repeats none that is done. A folder's name holds a digest of all that the result depends on: other
+repeats none that is done; processes that run one suite share its cells, for each takes a lock on
+the cell that it runs. A folder's name holds a digest of all that the result depends on: other
 options are other cells. Any kind of stream fits whose result has scores R: a `Family` says who runs
 its cells.
 """
 
 import csv
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.benchmarks import metrics
+from experiments.record.run import revision
 
+PAUSE = 2.0  # seconds between looks at cells that other processes run
 COLUMNS = ("stream", "method", "seed", "after", "task", "metric", "value")
 
 
@@ -45,6 +52,7 @@ class Result(NamedTuple):
     by_task: dict[str, np.ndarray]  # (S, N) each: "auc", "online", "dormant" ...
     arrays: dict[str, np.ndarray]  # anything else that is worth keeping
     info: dict[str, Any]  # JSON values: costs
+    by_seed: Mapping[str, np.ndarray] = MappingProxyType({})  # (S,) each: "again/savings" ...
 
 
 Tell = Callable[[float], None]  # hears the share of a cell that is done
@@ -66,22 +74,60 @@ def described(cell: Cell) -> dict[str, Any]:
 
 
 def run_cells(
-    cells: Iterable[Cell],
+    cells: Sequence[Cell],
     families: Mapping[str, Family],
     folder: Path,
     show: Callable[[Cell, float, Result | None], None] = lambda cell, share, result: None,
 ) -> dict[str, Result]:
-    """Results by key: found in `folder`, or run and put there. `show` hears of every step."""
+    """Results by key: found in `folder`, or run and put there. `show` hears of every step.
+
+    A cell that another process runs is waited for; should that process die, it is run here.
+    """
     found: dict[str, Result] = {}
-    for cell in cells:
-        path = folder / cell.key
-        if not path.exists():
-            show(cell, 0.0, None)
-            run = families[cell.stream].run
-            save(path, cell, run(cell, lambda share, cell=cell: show(cell, share, None)))
-        found[cell.key] = load(path)
-        show(cell, 1.0, found[cell.key])
-    return found
+    waiting, commit = list(cells), revision()
+    while waiting:
+        before, waiting = waiting, []
+        for cell in before:
+            path = folder / cell.key
+            with claim(path) as ours:
+                if ours and not path.exists():
+                    show(cell, 0.0, None)
+                    run = families[cell.stream].run
+                    result = run(cell, lambda share, cell=cell: show(cell, share, None))
+                    save(path, cell, result._replace(info={**result.info, "commit": commit}))
+            if path.exists():
+                found[cell.key] = load(path)
+                show(cell, 1.0, found[cell.key])
+            else:
+                waiting.append(cell)
+        if len(waiting) == len(before):
+            time.sleep(PAUSE)
+    return {cell.key: found[cell.key] for cell in cells}
+
+
+def there(cells: Iterable[Cell], folder: Path) -> dict[str, Result]:
+    """Results by key of the cells that are done; nothing is run."""
+    return {cell.key: load(folder / cell.key) for cell in cells if (folder / cell.key).is_dir()}
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Whether this process may run the cell: a lock that ends with its process, however it ends."""
+    file = path.parent / ".locks" / path.name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(file, os.O_RDWR | os.O_CREAT)
+    try:
+        yield _taken(lock)
+    finally:
+        os.close(lock)
+
+
+def _taken(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def save(path: Path, cell: Cell, result: Result) -> None:
@@ -90,6 +136,7 @@ def save(path: Path, cell: Cell, result: Result) -> None:
     half.mkdir(parents=True)
     try:
         stored = {f"by_task/{name}": values for name, values in result.by_task.items()}
+        stored |= {f"by_seed/{name}": values for name, values in result.by_seed.items()}
         _store(half / "R.npz", {"R": result.scores, **stored, **result.arrays})
         with (half / "rows.csv").open("w", newline="", encoding="utf-8") as file:
             write_rows(file, rows(cell, result))
@@ -109,8 +156,11 @@ def load(path: Path) -> Result:
     with np.load(path / "R.npz") as stored:
         arrays = {name: stored[name] for name in stored.files}
     info = json.loads((path / "cell.json").read_text("utf-8"))["info"]
-    by_task = {name[8:]: arrays.pop(name) for name in list(arrays) if name.startswith("by_task/")}
-    return Result(arrays.pop("R"), by_task, arrays, info)
+    by_task, by_seed = (
+        {name[8:]: arrays.pop(name) for name in list(arrays) if name.startswith(f"{kind}/")}
+        for kind in ("by_task", "by_seed")
+    )
+    return Result(arrays.pop("R"), by_task, arrays, info, by_seed)
 
 
 def _store(path: Path, arrays: Mapping[str, Any]) -> None:
@@ -131,7 +181,7 @@ def rows(cell: Cell, result: Result) -> Iterator[tuple]:
         for name, values in result.by_task.items():
             for task, value in enumerate(values[s]):
                 yield *names, seed, task + 1, task + 1, name, float(value)
-    for name, values in metrics.of_scores(result.scores).items():
+    for name, values in (metrics.of_scores(result.scores) | dict(result.by_seed)).items():
         for seed, value in zip(cell.seeds, values, strict=True):
             yield *names, seed, "", "", name, float(value)
 

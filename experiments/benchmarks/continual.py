@@ -1,42 +1,32 @@
-"""What is learned, kept and lost: `nested bench continual --tier smoke|laptop|overnight`.
+"""What is learned, kept and lost: `nested bench continual --tier smoke|laptop|table|overnight`.
 
 Streams of tasks, methods and controls, several seeds: R after every task, forgetting, transfer,
 plasticity and cost, with intervals; comparisons are paired by seed. A suite that is killed goes on
-where it was, and a repeated command only draws anew. In OUT: results.csv in long format, R.npz,
-summary.json, and a page for each stream.
+where it was, a repeated command only draws anew, and several processes (--jobs) share its cells. In
+OUT: results.csv in long format, R.npz, summary.json, and a page for each stream.
 """
 
 import argparse
 import json
+import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from experiments.benchmarks import metrics, plasticity, statistics
 from experiments.benchmarks.agent_cells import AGENT, STREAM
 from experiments.benchmarks.agent_methods import AGENT_METHODS
 from experiments.benchmarks.baselines import METHODS
 from experiments.benchmarks.board import Board, table
-from experiments.benchmarks.cells import Cell, Family, Result, collect, run_cells
+from experiments.benchmarks.cells import Cell, Family, Result, collect, run_cells, there
+from experiments.benchmarks.results import page_of, put
 from experiments.benchmarks.streams import NAMES
+from experiments.benchmarks.summary import Gate, failures, summarise
 from experiments.benchmarks.supervised_cells import SUPERVISED
 from experiments.config import ConfigError, nearest
-
-REFERENCE = "fresh"  # the method that is the reference of transfer and of fresh_gap
-# What a method must beat besides plain.
-CONTROLS = {
-    "k3": ("k3_rates", "accumulate"),
-    "k3_fast": ("plain_fast", "k3"),
-    "mixed": ("reservoir",),
-}
-SYMPTOMS = ("dormant", "erank", "srank", "weight_norm")
-NORMALISED = ("AP_final", "AP_any", "ALA", "F")
-PAIRED = ("AP_final", "ALA", "F", "online", "auc")
-BY_TASK = ("online", "auc", "adapt")  # means over tasks, where a family gives them
 
 
 class Plan(NamedTuple):
@@ -48,142 +38,83 @@ class Plan(NamedTuple):
     changes: Mapping[str, Any]
 
 
+class Tier(NamedTuple):
+    """What is run, what it must show or the command fails, and what it is for."""
+
+    line: str
+    plans: tuple[Plan, ...]
+    gates: tuple[Gate, ...] = ()
+
+
 # Who runs the cells of a stream. Other kinds of streams add themselves here and to TIERS.
 FAMILIES: dict[str, Family] = {**dict.fromkeys(NAMES, SUPERVISED), STREAM: AGENT}
 
+DIGITS, SLOW = "cl/PermutedDigits-v0", "cl/SlowRegression-v0"
 DEEP = tuple(name for name in METHODS if name != "k2")
 SHALLOW = ("plain", "k2", "l2_init", "shrink_perturb", "redo", "cbp", "hare_tortoise", "fresh")
 ONE_LAYER = {"hidden": [5], "batch": 1, "lr": 0.01, "redo_every": 500}
-AGENTS = (
-    "plain", "reservoir", "mixed", "k3", "k3_rates", "accumulate", "plain_fast", "k3_fast", "fresh",
-)  # fmt: skip
-SHORT = (
-    Plan("cl/PermutedDigits-v0", DEEP, 20, {"samples": 3000}),
-    Plan("cl/MNIST5k-v0", DEEP, 20, {"samples": 4000, "lr": 0.05}),
-    Plan("cl/SlowRegression-v0", SHALLOW, 30, {"tasks": 20, "samples": 2000, **ONE_LAYER}),
-)
-TIERS = {
-    "smoke": (
-        Plan("cl/PermutedDigits-v0", DEEP, 5, {"tasks": 4}),
-        Plan(  # that it runs from end to end: no claim
-            STREAM, ("plain", "k3"), 2,
-            {"tasks": 2, "frames": 160, "every": 160, "episodes": 4, "prefill": 128},
-        ),
-        Plan(
-            "cl/SlowRegression-v0", ("plain", "k2", "fresh"), 8,
-            {"tasks": 4, "samples": 1000, **ONE_LAYER},
-        ),
-    ),
-    "laptop": (*SHORT, Plan(STREAM, AGENTS, 10, {"frames": 6000})),
-    "overnight": (*SHORT, Plan(STREAM, tuple(AGENT_METHODS), 10, {})),
+SHORT = {
+    "frames": 4000, "every": 400, "prefill": 512, "ratio": 32.0, "replay": "mixed",
 }  # fmt: skip
-# What a tier must show, or the command fails: stream, method, metric, more than.
-GATES = {
-    "smoke": (
-        ("cl/PermutedDigits-v0", "plain", "ALA", 0.6),
-        ("cl/SlowRegression-v0", "plain", "online", 0.0),  # 0 knows only the mean
+SUPERVISED_PLANS = (
+    Plan(DIGITS, DEEP, 20, {"samples": 3000}),
+    Plan("cl/MNIST5k-v0", DEEP, 20, {"samples": 4000, "lr": 0.05}),
+    Plan(SLOW, SHALLOW, 30, {"tasks": 20, "samples": 2000, **ONE_LAYER}),
+)
+TABLE = (
+    "fifo", "reservoir", "plain", "plain_fast", "k3", "k3_rates", "accumulate", "k3_fast",
+    "k3_rates_fast", "accumulate_fast", "k5", "k5_fast",
+)  # fmt: skip
+LEARNS = (DIGITS, "plain", "ALA", 0.6)
+KNOWN = (LEARNS, (DIGITS, "ewc - plain", "-F", 0.0), (DIGITS, "reservoir - plain", "-F", 0.0))
+TIERS = {
+    "smoke": Tier(
+        "seconds: what CI runs",
+        (
+            Plan(DIGITS, DEEP, 5, {"tasks": 4}),
+            Plan(  # that it runs from end to end: no claim
+                STREAM, ("plain", "k3"), 2,
+                {"tasks": 2, "frames": 160, "every": 160, "episodes": 4, "prefill": 128},
+            ),
+            Plan(SLOW, ("plain", "k2", "fresh"), 8, {"tasks": 4, "samples": 1000, **ONE_LAYER}),
+        ),
+        (LEARNS, (SLOW, "plain", "online", 0.0)),  # 0 knows only the mean
     ),
-    "laptop": (("cl/PermutedDigits-v0", "plain", "ALA", 0.6), (STREAM, "plain", "ALA", 0.3)),
-    "overnight": (("cl/PermutedDigits-v0", "plain", "ALA", 0.6), (STREAM, "plain", "ALA", 0.3)),
-}
-
-
-# ---- what came out -----------------------------------------------------------------------------
-def numbers(result: Result, fresh: Result | None) -> dict[str, np.ndarray]:
-    """Every metric of a cell by seed (S,); those that need a reference where it was run.
-
-    Signs of plasticity are those after the last task; regret is in tasks' worth of score.
-    """
-    found = dict(metrics.of_scores(result.scores))
-    found |= {name: result.by_task[name].mean(1) for name in BY_TASK if name in result.by_task}
-    found |= {name: values[:, -1] for name, values in result.by_task.items() if name in SYMPTOMS}
-    if fresh is not None:
-        own, ref = result.by_task["auc"], fresh.by_task["auc"]
-        for norm in ("ref", "kessler", "none"):
-            found[f"forward_transfer/{norm}"] = metrics.forward_transfer(own, ref, norm).value
-        found["fresh_gap"] = plasticity.fresh_gap(ref, own).mean(-1)
-        best = fresh.by_task["online"].mean(0)
-        found["dynamic_regret"] = metrics.dynamic_regret(result.by_task["online"], best)[..., -1]
-        if (scores := normalised(result, fresh)) is not None:
-            found |= {f"{name}/normalised": metrics.of_scores(scores)[name] for name in NORMALISED}
-    return found
-
-
-def normalised(result: Result, fresh: Result) -> np.ndarray | None:
-    """R in units of what a fresh agent learns of each task, or None where it learned nothing."""
-    rand = fresh.scores[:, 0].mean(0)
-    ref = np.diagonal(fresh.scores[:, 1:].mean(0))
-    if (np.abs(ref - rand) < metrics.LEAST).any():
-        return None
-    return metrics.normalise(result.scores, rand, ref)
-
-
-def summarise(cells: Sequence[Cell], results: Mapping[str, Result]) -> dict[str, Any]:
-    """By stream: each method's metrics and costs, and paired differences, all with intervals."""
-    rng = np.random.default_rng(0)
-    summary: dict[str, Any] = {}
-    for stream in dict.fromkeys(cell.stream for cell in cells):
-        found = {cell.method: results[cell.key] for cell in cells if cell.stream == stream}
-        seeds = next(cell.seeds for cell in cells if cell.stream == stream)
-        by_seed = {name: numbers(result, found.get(REFERENCE)) for name, result in found.items()}
-        methods = {}
-        for name, result in found.items():
-            row = {metric: statistics.bootstrap(values, rng)._asdict()
-                   for metric, values in by_seed[name].items()}  # fmt: skip
-            final = result.scores[:, -1]
-            row["IQM_final"] = statistics.stratified_bootstrap(final, rng)._asdict()
-            methods[name] = {"metrics": row, "cost": result.info}
-        pairs = {
-            f"{one} - {other}": compared(one, other, found, by_seed, rng)
-            for one, other in to_compare(list(found))
-        }
-        summary[stream] = {"seeds": list(seeds), "methods": methods, "pairs": pairs}
-    return summary
-
-
-def to_compare(methods: Sequence[str]) -> list[tuple[str, str]]:
-    """Every method with plain, and those that make a claim with their controls."""
-    pairs = [(name, "plain") for name in methods if name != "plain" and "plain" in methods]
-    for name, controls in CONTROLS.items():
-        pairs += [(name, other) for other in controls if {name, other} <= set(methods)]
-    return pairs
-
-
-def compared(
-    one: str,
-    other: str,
-    found: Mapping[str, Result],
-    by_seed: Mapping[str, Mapping[str, np.ndarray]],
-    rng: np.random.Generator,
-) -> dict[str, Any]:
-    """Differences by seed, mean and interval, and how often `one` ends above `other`."""
-    row: dict[str, Any] = {}
-    for metric in PAIRED:
-        if metric in by_seed[one] and metric in by_seed[other]:
-            difference = statistics.paired_bootstrap(
-                by_seed[one][metric], by_seed[other][metric], rng
-            )
-            row[metric] = difference._asdict()
-    final = found[one].scores[:, -1], found[other].scores[:, -1]
-    row["P(improvement)"] = statistics.probability_of_improvement(*final, rng)._asdict()
-    return row
-
-
-def failures(tier: str, cells: Iterable[Cell], results: Mapping[str, Result]) -> list[str]:
-    """The gates of a tier that its cells do not pass; of those that were run."""
-    by_name = {(cell.stream, cell.method): results[cell.key] for cell in cells}
-    failed = []
-    for stream, method, name, least in GATES.get(tier, ()):
-        result = by_name.get((stream, method))
-        if result is not None and not (value := numbers(result, None)[name].mean()) > least:
-            failed.append(f"{stream} {method}: {name} {value:.3f} is not above {least}")
-    return failed
+    "plasticity": Tier(
+        "minutes: long streams of digits under AdamW, where plain learners go stale",
+        (
+            Plan(
+                DIGITS, ("plain", "l2_init", "redo", "cbp", "hare_tortoise", "fresh"), 20,
+                {"tasks": 20, "rule": "adamw", "lr": 3e-3, "l2_init": 1.0, "evaluations": 2},
+            ),
+        ),
+        ((DIGITS, "l2_init - plain", "online", 0.0),),
+    ),
+    "laptop": Tier(
+        "half an hour on two cores: every supervised baseline, and kinds of replay",
+        (
+            *SUPERVISED_PLANS,
+            Plan(STREAM, ("plain", "fifo", "reservoir", "plain_fast"), 10, {"tasks": 2, **SHORT}),
+        ),
+        (*KNOWN, (STREAM, "fifo", "ALA", 0.3), (STREAM, "reservoir - fifo", "-F", 0.0)),
+    ),
+    "table": Tier(
+        "the table of k = 1, 3, 5 with and without fast memories, with both controls",
+        (Plan(STREAM, TABLE, 10, {**SHORT, "again": "flipped"}),),
+        ((STREAM, "fifo", "ALA", 0.3), (STREAM, "reservoir - fifo", "-F", 0.0)),
+    ),
+    "overnight": Tier(
+        "everything, with phases of 10,000 frames",
+        (*SUPERVISED_PLANS, Plan(STREAM, tuple(AGENT_METHODS), 10, {"again": "flipped"})),
+        (*KNOWN, (STREAM, "fifo", "ALA", 0.3)),
+    ),
+}  # fmt: skip
 
 
 # ---- the command -------------------------------------------------------------------------------
 def cells_of(asked: argparse.Namespace) -> list[Cell]:
     """The tier's cells with what the command line changes, all of them able to run."""
-    plans = TIERS[asked.tier]
+    plans = TIERS[asked.tier].plans
     listed = [plan.stream for plan in plans]
     streams = named(asked.streams, listed, "--streams") or listed
     plans = [plan for plan in plans if plan.stream in streams]
@@ -236,8 +167,12 @@ def named(text: str | None, known: Iterable[str], option: str) -> tuple[str, ...
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     lists = [
-        f"{what}:\n" + "\n".join(f"  {name:<16}{line}" for name, line in family.methods.items())
-        for what, family in (("methods", SUPERVISED), (f"methods on {STREAM}", AGENT))
+        f"{what}:\n" + "\n".join(f"  {name:<16}{line}" for name, line in lines.items())
+        for what, lines in (
+            ("tiers", {name: tier.line for name, tier in TIERS.items()}),
+            ("methods", SUPERVISED.methods),
+            (f"methods on {STREAM}", AGENT.methods),
+        )
     ]
     listed = "\n\n".join(lists)
     made = argparse.ArgumentParser(
@@ -252,32 +187,85 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--methods", metavar="A,B", help="instead of the tier's")
     made.add_argument("--seeds", type=int, help="instead of the tier's")
     made.add_argument("--out", type=Path, help="folder (default runs/continual/TIER)")
-    made.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
+    made.add_argument("--jobs", type=int, default=1, help="processes that share the cells")
+    made.add_argument("--threads", type=int, default=1, help="torch threads of each (default 1)")
+    made.add_argument("--found", action="store_true", help="run nothing: what is there so far")
+    made.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     made.add_argument("--json", action="store_true", help="print the summary as JSON")
+    made.add_argument("--results", type=Path, metavar="FILE.md", help="put the tables in this page")
+    made.add_argument(
+        "--mlflow", metavar="URI", help="send it there, for example sqlite:///mlflow.db"
+    )
     made.add_argument("changes", nargs="*", metavar="field=value", help="tasks, samples, lr, ...")
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, draw, print; 1 where a gate of the tier fails."""
-    from experiments.benchmarks.page import draw
-
     asked = parser().parse_intermixed_args(argv)
     torch.set_num_threads(asked.threads)
-    cells = cells_of(asked)
+    plan = cells_of(asked)
     out = asked.out or Path("runs") / "continual" / asked.tier
-    with Board(cells) as board:
-        results = run_cells(cells, FAMILIES, out / "cells", board.show)
+    if asked.worker:
+        run_cells(plan, FAMILIES, out / "cells")
+        return 0
+    if asked.found:
+        results = there(plan, out / "cells")
+    else:
+        with others(asked.jobs - 1, sys.argv[1:] if argv is None else argv), Board(plan) as board:
+            results = run_cells(plan, FAMILIES, out / "cells", board.show)
+    cells = [cell for cell in plan if cell.key in results]
+    if not cells:
+        print(f"none of {len(plan)} cells is in {out / 'cells'}", file=sys.stderr)
+        return 1
+    return report(asked, plan, cells, results, out)
+
+
+def report(
+    asked: argparse.Namespace,
+    plan: Sequence[Cell],
+    cells: Sequence[Cell],
+    results: Mapping[str, Result],
+    out: Path,
+) -> int:
+    """Write, draw and print what the cells say; the exit status."""
+    from experiments.benchmarks.page import draw
+
     summary = summarise(cells, results)
     collect(cells, results, out)
     (out / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
     draw(summary, {(cell.stream, cell.method): results[cell.key] for cell in cells}, out)
     print(json.dumps(summary) if asked.json else table(summary))
     print(f"results  {out}", file=sys.stderr)
-    failed = failures(asked.tier, cells, results) if not (asked.methods or asked.changes) else []
+    missing = [cell for cell in plan if cell.key not in results]
+    for cell in missing:
+        print(f"missing  {cell.stream} {cell.method}", file=sys.stderr)
+    if asked.results:
+        put(asked.results, asked.tier, page_of(asked.tier, plan, results, summary))
+    if asked.mlflow:
+        suite = {"tier": asked.tier, "cells": [cell.key for cell in cells],
+                 "missing": [f"{cell.stream} {cell.method}" for cell in missing]}  # fmt: skip
+        (out / "suite.json").write_text(json.dumps(suite, indent=2), encoding="utf-8")
+        command = [sys.executable, "-m", "experiments.benchmarks.tracked", str(out), asked.mlflow]
+        print(f"mlflow   {subprocess.check_output(command, text=True).strip()}", file=sys.stderr)
+    own = asked.methods or asked.changes or asked.seeds
+    failed = [] if own else failures(TIERS[asked.tier].gates, summary)
     for line in failed:
         print(f"gate failed: {line}", file=sys.stderr)
     return 1 if failed else 0
+
+
+@contextmanager
+def others(count: int, argv: Sequence[str]) -> Iterator[None]:
+    """So many processes beside this one that run cells of the same suite, while this one does."""
+    command = [sys.executable, "-m", "experiments.benchmarks.continual", *argv, "--worker"]
+    started = [subprocess.Popen([*command, "--jobs", "1"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in started:
+            process.terminate()
+            process.wait()
 
 
 if __name__ == "__main__":

@@ -181,6 +181,23 @@ def dynamic_regret(rewards: np.ndarray, best: np.ndarray) -> np.ndarray:
     return np.cumsum(np.asarray(best, np.float64) - rewards, axis=-1)
 
 
+def savings(first: np.ndarray, again: np.ndarray) -> np.ndarray:
+    """How much more area a task has when it comes back than when it was new, (...,) each.
+
+    Areas as of `auc`, equal lengths. Ebbinghaus' savings: what is left where a score shows nothing.
+    """
+    return np.asarray(again, np.float64) - first
+
+
+def time_to(times: np.ndarray, scores: np.ndarray, least: float) -> np.ndarray:
+    """Time from the first of (T,) to the first of (..., T) scores at `least` or above.
+
+    Where none is, the whole length: a lower bound, as whoever reports it should say.
+    """
+    times, reached = np.asarray(times, np.float64), np.asarray(scores) >= least
+    return np.where(reached.any(-1), times[reached.argmax(-1)], times[-1]) - times[0]
+
+
 def adapt_area(scores: np.ndarray, n: int) -> np.ndarray:
     """Mean of the first n scores (..., T) in a new context."""
     if not 1 <= n <= np.shape(scores)[-1]:

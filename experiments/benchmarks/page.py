@@ -102,18 +102,21 @@ def _courses(figure: Any, results: Mapping[str, Result]) -> None:
 def _course(axes: "Axes", result: Result) -> None:
     """Bands are the phases, named by their context in its colour."""
     course, frames = result.arrays["course"], result.arrays["frames"]
-    for i, context in enumerate(result.info["contexts"]):
+    contexts, phases = result.info["contexts"], result.info["phases"]
+    for i, context in enumerate(phases):
         start, end = i * frames[-1], (i + 1) * frames[-1]
         axes.axvspan(start, end, color=SHADE if i % 2 == 0 else "white", linewidth=0)
         axes.text(
             (start + end) / 2, 1.02, context, ha="center", va="bottom", fontsize=7.5,
-            color=PALETTE[i], transform=axes.get_xaxis_transform(),
+            color=PALETTE[contexts.index(context)], transform=axes.get_xaxis_transform(),
         )  # fmt: skip
-        for phase in range(course.shape[1]):
+    for i, context in enumerate(contexts):
+        for phase, of_phase in enumerate(phases):
             x, y = phase * frames[-1] + frames, course[:, phase, :, i]
             low, high = np.quantile(y, (0.25, 0.75), axis=0)
             axes.fill_between(x, low, high, color=PALETTE[i], alpha=0.15, linewidth=0)
-            axes.plot(x, y.mean(0), color=PALETTE[i], linewidth=2.2 if phase == i else 1.0)
+            width = 2.2 if of_phase == context else 1.0
+            axes.plot(x, y.mean(0), color=PALETTE[i], linewidth=width)
     axes.set_xlim(0, course.shape[1] * frames[-1])
     axes.set_ylim(0.0, 1.0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

@@ -106,7 +106,7 @@ class Run:
         self._lock = lock
         resumes = self.info.get("resumes", 0) + (self.info["state"] != "created")
         me = {"pid": os.getpid(), "born": _birth(os.getpid()), "resumes": resumes}
-        self._update(state="running", versions=_versions(), revision=_revision(), **me)
+        self._update(state="running", versions=_versions(), revision=revision(), **me)
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Report `metrics` at `step` environment frames."""
@@ -260,7 +260,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _revision() -> str | None:
+def revision() -> str | None:
     """The source's git commit, `+` appended where files differ from it; None without git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 5}

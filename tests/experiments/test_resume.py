@@ -47,7 +47,7 @@ class Interrupted(Exception):
 def lean(monkeypatch: pytest.MonkeyPatch):
     """Runs draw no pictures and do not ask git for the revision."""
     monkeypatch.setattr(Loop, "draw", lambda loop, finished: None)
-    monkeypatch.setattr("experiments.record.run._revision", lambda: None)
+    monkeypatch.setattr("experiments.record.run.revision", lambda: None)
 
 
 def configure(root: Path, fields: str):

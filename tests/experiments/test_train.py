@@ -36,7 +36,7 @@ def configure(fields: str = "", root: str = "runs") -> Config:
 def lean(monkeypatch: pytest.MonkeyPatch):
     """Runs draw no pictures and do not ask git for the revision."""
     monkeypatch.setattr(Loop, "draw", lambda loop, finished: None)
-    monkeypatch.setattr("experiments.record.run._revision", lambda: None)
+    monkeypatch.setattr("experiments.record.run.revision", lambda: None)
 
 
 def test_a_run_and_what_it_leaves():

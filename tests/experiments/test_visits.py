@@ -48,7 +48,7 @@ def lean(monkeypatch: pytest.MonkeyPatch):
     """Few users; runs draw no pictures and do not ask git for the revision."""
     monkeypatch.setattr("experiments.envs.userpop.visitors", few)
     monkeypatch.setattr(Loop, "draw", lambda loop, finished: None)
-    monkeypatch.setattr("experiments.record.run._revision", lambda: None)
+    monkeypatch.setattr("experiments.record.run.revision", lambda: None)
 
 
 def parameters(loop: Loop) -> dict[str, Tensor]:

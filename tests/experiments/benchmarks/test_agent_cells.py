@@ -8,7 +8,7 @@ import pytest
 
 from experiments.benchmarks import agent_cells, cells, continual, page
 from experiments.benchmarks.agent_cells import STREAM, Clock
-from experiments.benchmarks.agent_methods import AGENT_METHODS, FIELDS
+from experiments.benchmarks.agent_methods import AGENT_METHODS, FAST, FIELDS
 from experiments.benchmarks.cells import Cell, Result
 from experiments.config import Config, ConfigError, levels_of, load_config
 from experiments.envs.known import check_env
@@ -52,17 +52,22 @@ def test_controls_travel_as_far_as_what_they_control():
     k3, scaled = (rates(run_of(name, base=4, lr=1e-3)) for name in ("k3", "k3_rates"))
     assert [n for n, _ in k3.values()] == [1, 4, 16]
     assert scaled == {name: (1, pytest.approx(lr / n)) for name, (n, lr) in k3.items()}
+    k5, scaled = (rates(run_of(name, base=2, lr=1e-3)) for name in ("k5", "k3_rates"))
+    assert [n for n, _ in k5.values()] == [1, 2, 4, 8, 16] and len(scaled) == 3
     assert rates(run_of("accumulate", base=4, lr=1e-3)) == {"all": (4, 2e-3)}
     assert rates(run_of("plain", lr=1e-3)) == {"all": (1, 1e-3)}
-    assert [n for n, _ in rates(run_of("k5")).values()] == [1, 2, 4, 8, 16]
 
 
 def test_other_methods_change_what_their_name_says():
     kinds = {name: run_of(name).replay.kind for name in ("plain", "reservoir", "mixed", "k3")}
     assert kinds == {"plain": "fifo", "reservoir": "reservoir", "mixed": "mixed", "k3": "fifo"}
+    kinds = {name: run_of(name, replay="mixed").replay.kind for name in ("plain", "fifo", "k3")}
+    assert kinds == {"plain": "mixed", "fifo": "fifo", "k3": "mixed"}
+    assert run_of("oracle").env.kwargs == {"oracle": True}
     memories = {name: run_of(name).model.memory.kind for name in ("plain_fast", "k3_fast", "k3")}
     assert memories == {"plain_fast": "gated_delta", "k3_fast": "gated_delta", "k3": "none"}
-    assert rates(run_of("k3_fast")) == rates(run_of("k3"))
+    for name in FAST:
+        assert rates(run_of(f"{name}_fast")) == rates(run_of(name))
     (level,) = levels_of(run_of("l2_init", lr=1e-3, l2_init=0.5)).values()
     assert (level.relax[0].to, level.relax[0].rate) == ("init", 5e-4)
     hare, tortoise = levels_of(run_of("hare_tortoise", average=0.1, return_every=7)).values()
@@ -94,7 +99,8 @@ def test_each_half_of_a_mixed_replay_holds_every_slot():
 
 @pytest.mark.parametrize(
     ("field", "value", "way_out"),
-    [("tasks", 5, "2 to 4"), ("every", 999, "a divisor"), ("every", 4, "multiple of 8"),
+    [("tasks", 5, "2 to 4"), ("again", "mars", "one of normal"), ("every", 999, "a divisor"),
+     ("every", 4, "multiple of 8"),
      ("prefill", 10, "at least 128"), ("capacity", 100, "at least")],
 )  # fmt: skip
 def test_cells_that_cannot_run(field: str, value: int, way_out: str):
@@ -129,6 +135,27 @@ def test_scores_come_from_the_last_three_evaluations_of_a_phase():
     # episodes 1, 2, 3, 4 of returns 20, 40, 60, 80, and so on
     means = [sum(20 * i * i for i in phase) / sum(phase) for phase in ((1, 2, 3, 4), (5, 6, 7, 8))]
     assert part.online[0] == pytest.approx(np.array(means) / 200)
+
+
+def test_a_context_that_comes_back_is_no_task_but_is_measured():
+    course = np.zeros((2, 3, 4, 2))  # normal, flipped, normal again; three evaluations each
+    course[:, 0, 1:, 0] = [0.4, 0.6, 0.8]
+    course[:, 2, :, 0] = [[0.2, 0.9, 0.9, 0.9], [0.0, 0.0, 0.4, 0.4]]
+    info = {"contexts": ["normal", "flipped"], "phases": ["normal", "flipped", "normal"]}
+    found = agent_cells.result_of(course, np.ones((2, 3)), 100, info)
+    assert found.scores.shape == (2, 3, 2) and found.by_task["online"].shape == (2, 2)
+    assert found.by_task["frames_to_learn"].tolist() == [[300, 300]] * 2
+    first = (0.2 + 0.5 + 0.7) / 3
+    again = np.array([(0.55 + 0.9 + 0.9) / 3, (0.0 + 0.2 + 0.4) / 3])
+    assert found.by_seed["again/auc"] == pytest.approx(again)
+    assert found.by_seed["again/savings"] == pytest.approx(again - first)
+    assert found.by_seed["again/kept"].tolist() == [0.2, 0.0]
+    assert found.by_seed["again/frames_to_learn"].tolist() == [100, 300]
+    runs = agent_cells.runs_of(cell("plain", tasks=3, again="flipped"), "runs")
+    assert runs[0][0].env.contexts == ("normal", "flipped", "long", "flipped")
+    assert runs[0][0].evaluate.contexts == NAMES[:3]
+    fresh = agent_cells.runs_of(cell("fresh", tasks=2, again="flipped"), "runs")
+    assert [configs[0].env.contexts for configs in fresh] == [("normal",), ("flipped",)]
 
 
 def test_where_no_episode_ends_all_slots_lived():
@@ -188,7 +215,7 @@ def test_two_seeds_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path:
     backward = [level["flops"] for level in levels.values()]
     assert min(backward) > 0
     assert sum(backward) < cost["flops_per_interaction"]
-    (path,) = (tmp_path / "cells").iterdir()
+    (path,) = (tmp_path / "cells").glob("CartPole*")
     found = cells.load(path)
     assert found.scores.shape == (2, 3, 2)
     assert found.arrays["course"].shape == (2, 2, 2, 2)
@@ -202,7 +229,7 @@ def test_a_panel_shows_every_context_in_every_phase():
     course = np.random.default_rng(0).random((3, 2, 4, 2))
     result = Result(
         agent_cells.scores_of(course), {}, {"course": course, "frames": np.arange(4) * 80},
-        {"contexts": ["normal", "flipped"]},
+        {"contexts": ["normal", "flipped"], "phases": ["normal", "flipped"]},
     )  # fmt: skip
     axes = Figure().subplots()
     page._course(axes, result)

@@ -131,3 +131,11 @@ def test_a_missing_evaluation_is_not_dropped():
         metrics.forgetting(random_scores(), "M")  # pyright: ignore
     with pytest.raises(ValueError, match="norm='cw'"):
         metrics.forward_transfer(np.zeros(2), np.zeros(2), "cw")  # pyright: ignore
+
+
+def test_savings_and_the_time_to_learn_again():
+    times = np.array([100, 200, 300, 400])
+    scores = np.array([[0.1, 0.7, 0.8, 0.2], [0.9, 0.1, 0.1, 0.1], [0.1, 0.2, 0.3, 0.79]])
+    # reached at 300; at once; never, which counts as the whole length
+    assert metrics.time_to(times, scores, 0.8).tolist() == [200.0, 0.0, 300.0]
+    assert metrics.savings(np.array([0.5, 0.25]), np.array([0.75, 0.0])).tolist() == [0.25, -0.25]

@@ -1,0 +1,173 @@
+"""The page of results: tables of a tier of the continual benchmark as Markdown, between marks.
+
+What stands between `<!-- continual TIER -->` and `<!-- end TIER -->` is written anew from the cells
+that are there, and says which are missing; what people wrote around it stays. Whether a schedule
+beats both its controls is not for them to say: it is read from the intervals.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks.board import interval
+from experiments.benchmarks.cells import Cell, Result
+from experiments.benchmarks.summary import BOTH
+
+# Columns, as metric: head. Those that no method of a stream has are left out.
+SHOWN = {
+    "ALA": "ALA",
+    "AP_final": "AP_final",
+    "F": "F",
+    "online": "online",
+    "frames_to_learn": "frames to learn",
+    "again/kept": "kept",
+    "again/auc": "area, again",
+    "again/savings": "savings",
+    "again/frames_to_learn": "frames, again",
+    "dormant": "dormant",
+}
+LEFT_OUT = ("tasks", "again", "hidden")  # of the options that are listed
+
+
+def page_of(
+    tier: str, plan: Sequence[Cell], results: Mapping[str, Result], summary: Mapping[str, Any]
+) -> str:
+    """The block of a tier."""
+    commits = sorted({str(result.info.get("commit") or "unknown") for result in results.values()})
+    seconds = sum(costed(result) for result in results.values())
+    command = f"nested bench continual --tier {tier} --jobs 2 --results docs/RESULTS.md"
+    lines = [
+        f"`{command}`; {len(results)} of {len(plan)} cells, {seconds / 60:.0f} core-minutes, "
+        f"commit {', '.join(commit[:12] for commit in commits)}.",
+    ]
+    for stream in dict.fromkeys(cell.stream for cell in plan):
+        cells = [cell for cell in plan if cell.stream == stream]
+        lines += ["", f"### {stream}", "", described(cells[0])]
+        missing = [cell.method for cell in cells if cell.key not in results]
+        if missing:
+            lines += ["", f"**Not run yet:** {', '.join(missing)}."]
+        if stream in summary:
+            lines += ["", *measured(summary[stream]), *differences(summary[stream])]
+            lines += ["", verdict(summary[stream])] if BOTH[0] in summary[stream]["methods"] else []
+    return "\n".join(lines)
+
+
+def described(cell: Cell) -> str:
+    """What the cells of a stream share."""
+    shown = (f"{k}={v}" for k, v in cell.options.items() if k not in LEFT_OUT and v != "")
+    again = cell.options.get("again")
+    back = f", then `{again}` again" if again else ""
+    head = f"{len(cell.seeds)} seeds, {cell.options['tasks']} tasks{back}."
+    return f"{head} Means over seeds with 95 % bootstrap intervals. `{' '.join(shown)}`"
+
+
+def measured(found: Mapping[str, Any]) -> list[str]:
+    """A row for each method: metrics and costs."""
+    methods = found["methods"]
+    names = [name for name in SHOWN if any(name in row["metrics"] for row in methods.values())]
+    costs = ("core-s a seed", "core us a row", "MFLOP a row")
+    rows = [
+        [f"`{method}`", *(cell_of(name, row["metrics"].get(name)) for name in names),
+         *costs_of(row["cost"], len(found["seeds"]))]
+        for method, row in methods.items()
+    ]  # fmt: skip
+    return tabled(["method", *(SHOWN[name] for name in names), *costs], rows)
+
+
+def costs_of(cost: Mapping[str, Any], seeds: int) -> list[str]:
+    """Processor time and operations; a row is a frame of an agent, or an example."""
+    return [
+        f"{cost['core_seconds'] / seeds:.1f}",
+        f"{cost['core_us_per_interaction']:,.0f}",
+        f"{cost['flops_per_interaction'] / 1e6:,.2f}",
+    ]
+
+
+def differences(found: Mapping[str, Any]) -> list[str]:
+    """Differences paired by seed; bold where the interval leaves out zero."""
+    pairs = found["pairs"]
+    if not pairs:
+        return []
+    names = [name for name in SHOWN if any(name in row for row in pairs.values())]
+    rows = [
+        [f"`{pair}`", *(cell_of(name, row.get(name), True) for name in names)]
+        for pair, row in pairs.items()
+    ]
+    return ["", "Differences, paired by seed:", "",
+            *tabled(["difference", *(SHOWN[name] for name in names)], rows)]  # fmt: skip
+
+
+def verdict(found: Mapping[str, Any]) -> str:
+    """Which schedules forget less, or learn again faster, than both controls."""
+    own = ("plain", "fifo", "reservoir", "mixed", "oracle", "fresh", *BOTH)
+    names = [n for n in found["methods"] if n not in own and not n.startswith(BOTH)]
+    forgets = [name for name in names if beats(found["pairs"], controls_of(name), "F", -1)]
+    keeps = [n for n in forgets if not beats(found["pairs"], controls_of(n), "ALA", -1, any)]
+    learns = [name for name in names if beats(found["pairs"], controls_of(name), "again/auc", 1)]
+    return (
+        f"Forget less than both controls, interval without zero: {listed(forgets)}; of these with "
+        f"no loss of learning accuracy: {listed(keeps)}. More area than both controls when the "
+        f"context comes back: {listed(learns)}."
+    )
+
+
+def controls_of(name: str) -> list[str]:
+    """The pairs of a schedule and its two controls, with a fast memory where it has one itself."""
+    fast = "_fast" if name.endswith("_fast") else ""
+    return [f"{name} - {control}{fast}" for control in BOTH]
+
+
+def beats(
+    pairs: Mapping[str, Any],
+    names: Sequence[str],
+    metric: str,
+    sign: int,
+    over: Any = all,
+) -> bool:
+    """Whether these differences are on the side of `sign` with their whole interval."""
+    rows = [pairs[name].get(metric) for name in names if name in pairs]
+    if len(rows) < len(names) or None in rows:
+        return False
+    return over(row["low"] > 0 if sign > 0 else row["high"] < 0 for row in rows if row)
+
+
+# ---- text --------------------------------------------------------------------------------------
+def cell_of(name: str, row: Mapping[str, float] | None, sign: bool = False) -> str:
+    """An interval; frames without decimals, a difference bold where zero is outside."""
+    if row is None:
+        return ""
+    if "frames" in name:
+        form = "+,.0f" if sign else ",.0f"
+        text = f"{row['value']:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
+    else:
+        text = interval(row, sign).replace(",", ", ")
+    return f"**{text}**" if sign and (row["low"] > 0 or row["high"] < 0) else text
+
+
+def tabled(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names, or none."""
+    return ", ".join(f"`{name}`" for name in names) or "none"
+
+
+def costed(result: Result) -> float:
+    """Core seconds of a cell, evaluations included where they were counted."""
+    info = result.info
+    return info.get("core_seconds_with_evaluation", info["core_seconds"])
+
+
+def put(path: Path, tier: str, block: str) -> None:
+    """Write the block between the tier's marks; at the end of the page where it has none."""
+    begin, end = f"<!-- continual {tier} -->", f"<!-- end {tier} -->"
+    text = path.read_text("utf-8") if path.exists() else "# Results\n"
+    if begin not in text:
+        text = f"{text.rstrip()}\n\n## Continual learning, tier {tier}\n\n{begin}\n{end}\n"
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{path}: {begin} has no {end} after it; put it where the tables end")
+    path.write_text(f"{before}{begin}\n{block}\n{end}{after}", encoding="utf-8")

@@ -1,0 +1,137 @@
+"""What the cells of the continual benchmark say: metrics by seed, intervals, paired differences.
+
+Differences are taken seed by seed: the same stream, the same initial weights where the network is
+the same. A schedule that claims something stands beside its controls: the same groups at scaled
+rates and no clocks, plain accumulation of gradients, and what it is made of.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks import metrics, plasticity, statistics
+from experiments.benchmarks.cells import Cell, Result
+
+REFERENCE = "fresh"  # the method that is the reference of transfer and of fresh_gap
+BOTH = ("k3_rates", "accumulate")  # the two controls of any schedule
+# What a method must beat besides plain and the newest replay.
+CONTROLS = {
+    "k3": BOTH,
+    "k5": BOTH,
+    "plain_fast": BOTH,
+    "k3_fast": (*BOTH, "k3_rates_fast", "accumulate_fast", "plain_fast", "k3"),
+    "k5_fast": (*BOTH, "k3_rates_fast", "accumulate_fast", "plain_fast", "k5"),
+    "mixed": ("reservoir",),
+}
+BASES = ("plain", "fifo")  # what every method is compared with
+SYMPTOMS = ("dormant", "erank", "srank", "weight_norm")
+NORMALISED = ("AP_final", "AP_any", "ALA", "F")
+PAIRED = (
+    "AP_final", "ALA", "F", "online", "auc", "frames_to_learn",
+    "again/kept", "again/auc", "again/savings", "again/frames_to_learn",
+)  # fmt: skip
+BY_TASK = ("online", "auc", "adapt", "frames_to_learn")  # means over tasks, where a family has them
+Gate = tuple[str, str, str, float]  # stream, method or `a - b`, metric, more than
+
+
+# ---- by seed -----------------------------------------------------------------------------------
+def numbers(result: Result, fresh: Result | None) -> dict[str, np.ndarray]:
+    """Every metric of a cell by seed (S,); those that need a reference where it was run.
+
+    Signs of plasticity are those after the last task; regret is in tasks' worth of score.
+    """
+    found = metrics.of_scores(result.scores) | dict(result.by_seed)
+    found |= {name: result.by_task[name].mean(1) for name in BY_TASK if name in result.by_task}
+    found |= {name: values[:, -1] for name, values in result.by_task.items() if name in SYMPTOMS}
+    if fresh is not None:
+        own, ref = result.by_task["auc"], fresh.by_task["auc"]
+        for norm in ("ref", "kessler", "none"):
+            found[f"forward_transfer/{norm}"] = metrics.forward_transfer(own, ref, norm).value
+        found["fresh_gap"] = plasticity.fresh_gap(ref, own).mean(-1)
+        best = fresh.by_task["online"].mean(0)
+        found["dynamic_regret"] = metrics.dynamic_regret(result.by_task["online"], best)[..., -1]
+        if (scores := normalised(result, fresh)) is not None:
+            found |= {f"{name}/normalised": metrics.of_scores(scores)[name] for name in NORMALISED}
+    return found
+
+
+def normalised(result: Result, fresh: Result) -> np.ndarray | None:
+    """R in units of what a fresh agent learns of each task, or None where it learned nothing."""
+    rand = fresh.scores[:, 0].mean(0)
+    ref = np.diagonal(fresh.scores[:, 1:].mean(0))
+    if (np.abs(ref - rand) < metrics.LEAST).any():
+        return None
+    return metrics.normalise(result.scores, rand, ref)
+
+
+def summarise(cells: Sequence[Cell], results: Mapping[str, Result]) -> dict[str, Any]:
+    """By stream: each method's metrics and costs, and paired differences, all with intervals."""
+    rng = np.random.default_rng(0)
+    summary: dict[str, Any] = {}
+    for stream in dict.fromkeys(cell.stream for cell in cells):
+        found = {cell.method: results[cell.key] for cell in cells if cell.stream == stream}
+        seeds = next(cell.seeds for cell in cells if cell.stream == stream)
+        by_seed = {name: numbers(result, found.get(REFERENCE)) for name, result in found.items()}
+        methods = {}
+        for name, result in found.items():
+            row = {metric: statistics.bootstrap(values, rng)._asdict()
+                   for metric, values in by_seed[name].items()}  # fmt: skip
+            final = result.scores[:, -1]
+            row["IQM_final"] = statistics.stratified_bootstrap(final, rng)._asdict()
+            methods[name] = {"metrics": row, "cost": result.info}
+        pairs = {
+            f"{one} - {other}": compared(one, other, found, by_seed, rng)
+            for one, other in to_compare(list(found))
+        }
+        summary[stream] = {"seeds": list(seeds), "methods": methods, "pairs": pairs}
+    return summary
+
+
+def to_compare(methods: Sequence[str]) -> list[tuple[str, str]]:
+    """Every method with plain and the newest replay; those that claim something, with controls."""
+    pairs = [(name, base) for base in BASES if base in methods for name in methods if name != base]
+    for name, controls in CONTROLS.items():
+        pairs += [(name, other) for other in controls if {name, other} <= set(methods)]
+    return pairs
+
+
+def compared(
+    one: str,
+    other: str,
+    found: Mapping[str, Result],
+    by_seed: Mapping[str, Mapping[str, np.ndarray]],
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """Differences by seed, mean and interval, and how often `one` ends above `other`."""
+    row: dict[str, Any] = {}
+    for metric in PAIRED:
+        if metric in by_seed[one] and metric in by_seed[other]:
+            difference = statistics.paired_bootstrap(
+                by_seed[one][metric], by_seed[other][metric], rng
+            )
+            row[metric] = difference._asdict()
+    final = found[one].scores[:, -1], found[other].scores[:, -1]
+    row["P(improvement)"] = statistics.probability_of_improvement(*final, rng)._asdict()
+    return row
+
+
+def failures(gates: Iterable[Gate], summary: Mapping[str, Any]) -> list[str]:
+    """The gates that a summary does not pass; of those that were run.
+
+    A difference must be there with certainty: its interval is above the bound. A minus before a
+    difference's metric turns its sign.
+    """
+    failed = []
+    for stream, name, metric, least in gates:
+        found = summary.get(stream, {"methods": {}, "pairs": {}})
+        if name in found["methods"]:
+            value = found["methods"][name]["metrics"][metric]["value"]
+        elif name in found["pairs"]:
+            row = found["pairs"][name][metric.removeprefix("-")]
+            value = -row["high"] if metric.startswith("-") else row["low"]
+        else:
+            continue
+        if not value > least:
+            failed.append(f"{stream} {name}: {metric} {value:.3f} is not above {least}")
+    return failed
