@@ -134,15 +134,19 @@ def _play(drivers: Sequence[Driver], each: int, act: Act) -> np.ndarray:
     return returns
 
 
-def load_run(path: Path | str) -> tuple[Config, Dreamer]:
-    """The configuration and the trained agent of a run, on the configured device."""
+def load_run(path: Path | str, step: int | None = None) -> tuple[Config, Dreamer]:
+    """The configuration and the agent of a run, on the configured device.
+
+    As it was at its end, or at the checkpoint of `step`.
+    """
     from experiments.record import Checkpoints, Run, RunError
 
     run = Run.open(Path(path))
     config = load_config(str(run.path / "config.yaml"), [])
-    loaded = Checkpoints(run.checkpoints).load()
+    loaded = Checkpoints(run.checkpoints).load(step)
     if loaded is None:
-        raise RunError(f"{run.path} holds no checkpoint yet; train it first")
+        when = "yet; train it first" if step is None else f"of step {step}"
+        raise RunError(f"{run.path} holds no checkpoint {when}")
     envs = make_envs(config.env.model_copy(update={"workers": "inprocess"}), 1, 0)
     envs.close()
     agent = build_agent(config, envs.obs_spec, envs.action_spec)

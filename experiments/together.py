@@ -24,8 +24,8 @@ from experiments.loop import Loop
 from experiments.progress import Progress
 
 SAME = (
-    "frames", "device", "precision", "threads", "env", "model", "agent", "replay.batch",
-    "replay.length", "train", "evaluate", "log",
+    "frames", "device", "precision", "threads", "env.id", "env.num", "model", "agent",
+    "replay.batch", "replay.length", "train", "evaluate", "log",
 )  # fmt: skip
 GROUPED = ("none", "hebb", "delta", "gated_delta")  # memories whose weights may have groups
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.benchmarks import learners
+from experiments.benchmarks import cartpole_users, learners, users_told
 from experiments.benchmarks.consolidation import (
     KEEPS,
     MEASURES,
@@ -44,6 +44,9 @@ WORLDS = {
     "one cluster": partial(Population, clusters=1, held=0, within=tuple(np.linspace(1, 0.2, 8))),
     "clusters": partial(Population, within=0.4),
 }
+
+
+Part = tuple[dict[str, Any], str, Path]  # a result, its table, its picture
 
 
 class Tier(NamedTuple):
@@ -338,6 +341,24 @@ def settings(learner: Learner) -> dict[str, float]:
     return dict(learner.keywords) if isinstance(learner, partial) else {}
 
 
+def linear(tier: str, seeds: int | None, out: Path) -> Part:
+    """The part of linear users."""
+    size = TIERS[tier]
+    result = run(size, range(size.seeds if seeds is None else seeds), out)
+    return result, table(result), out / "users.png"
+
+
+def cartpole(tier: str, seeds: int | None, out: Path) -> Part:
+    """The part of an agent whose users each have a CartPole."""
+    size = cartpole_users.TIERS[tier]
+    result = cartpole_users.run(size, range(size.seeds if seeds is None else seeds), out)
+    return result, users_told.table(result), out / "cartpole.png"
+
+
+PARTED = {"linear": linear, "cartpole": cartpole}
+PARTS = ("all", *PARTED)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run, print."""
     parser = argparse.ArgumentParser(
@@ -347,18 +368,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--tier", choices=TIERS, default="laptop", help="(default laptop)")
+    parser.add_argument(
+        "--part", choices=PARTS, default="all", help="of linear users, of CartPoles (default all)"
+    )
     parser.add_argument("--seeds", type=int, help="how many, instead of the tier's")
     parser.add_argument("--out", type=Path, default=Path("runs/users"), help="folder")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     asked = parser.parse_args(argv)
-    tier = TIERS[asked.tier]
-    seeds = tier.seeds if asked.seeds is None else asked.seeds
-    if seeds < 1:
-        raise ConfigError("--seeds", seeds, "nothing to measure", "give 1 or more")
+    if asked.seeds is not None and asked.seeds < 1:
+        raise ConfigError("--seeds", asked.seeds, "nothing to measure", "give 1 or more")
     torch.set_num_threads(1)
-    result = run(tier, range(seeds), asked.out)
-    print(json.dumps(result) if asked.json else table(result))
-    print(f"curves  {asked.out / 'users.png'}", file=sys.stderr if asked.json else sys.stdout)
+    told: dict[str, Any] = {}
+    for part in PARTS[1:] if asked.part == "all" else (asked.part,):
+        told[part], text, picture = PARTED[part](asked.tier, asked.seeds, asked.out)
+        if not asked.json:
+            print(text, flush=True)
+        print(f"curves  {picture}", file=sys.stderr if asked.json else sys.stdout, flush=True)
+    if asked.json:
+        print(json.dumps(told if asked.part == "all" else told[asked.part]))
     return 0
 
 

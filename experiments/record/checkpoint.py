@@ -85,13 +85,16 @@ class Checkpoints:
         self._prune()
         return self.folder / f"{stem}.json"
 
-    def load(self) -> Loaded | None:
+    def load(self, step: int | None = None) -> Loaded | None:
         """The newest whole checkpoint, with a warning for each newer one; None where none is.
 
-        Raises CheckpointError where there are checkpoints but none is whole.
+        `step`: of those that were saved then. Raises CheckpointError where there are checkpoints
+        but none is whole.
         """
         problems: list[str] = []
         for path in reversed(self._manifests()):
+            if step is not None and int(path.stem.split("-")[1]) != step:
+                continue
             try:
                 body, loaded = self._load(path)
             except CheckpointError as error:

@@ -176,7 +176,9 @@ def test_users_from_end_to_end(
     monkeypatch.setitem(users.TIERS, "smoke", TINY)
     monkeypatch.setattr(users, "MARKS", (1, 3, 6))
     monkeypatch.setattr(users, "WORLDS", {"clusters": users.WORLDS["clusters"]})
-    assert users.main(["--tier", "smoke", "--out", str(tmp_path), "--json"]) == 0
+    assert (
+        users.main(["--tier", "smoke", "--part", "linear", "--out", str(tmp_path), "--json"]) == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
     saved = json.loads((tmp_path / "users.json").read_text())
