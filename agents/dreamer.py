@@ -121,8 +121,9 @@ class Dreamer(nn.Module):
         slow_value = self._slow_value(dream.feature, slow_critic)
         logits = self.critic(dream.feature)
         with torch.no_grad():
+            probs = logits.softmax(-1)
             last = self.critic.mean(self.critic(dream.last))
-            value = torch.cat([self.critic.mean(logits), last[:, None]], 1)
+            value = torch.cat([self.critic.expected(probs), last[:, None]], 1)
         returns = lambda_return(reward, live, torch.ones_like(live), value, self.lam)
         scale = self.return_scale(returns)
         weight = live.cumprod(1)[:, :-1]
@@ -134,7 +135,7 @@ class Dreamer(nn.Module):
         entropy = self.actor.entropy(params)
         log_prob = self.actor.log_prob(params, dream.action)
         policy = -weight * (log_prob * advantage + self.entropy * entropy)
-        critic = weight * self._value_loss(logits, returns, slow_value)
+        critic = weight * self._value_loss(logits, returns, slow_value, probs)
         shape = (len(posterior.deter), -1)
         losses = {"policy": policy.mean(1).view(shape), "value": critic.mean(1).view(shape)}
         metrics = {
@@ -182,6 +183,9 @@ class Dreamer(nn.Module):
         """The slow critic's values (...) of features (..., F)."""
         return self.critic.mean(functional_call(self.critic, dict(slow_critic), (feature,)))
 
-    def _value_loss(self, logits: Tensor, target: Tensor, slow_value: Tensor) -> Tensor:
+    def _value_loss(
+        self, logits: Tensor, target: Tensor, slow_value: Tensor, probs: Tensor | None = None
+    ) -> Tensor:
         """Error against returns, and against the slow critic as a regulariser."""
-        return self.critic.loss(logits, target, slow_value, weights=(1.0, self.slow_regularizer))
+        weights = (1.0, self.slow_regularizer)
+        return self.critic.loss(logits, target, slow_value, weights=weights, probs=probs)

@@ -99,7 +99,8 @@ def advance(w: Weights, deter: Tensor, x: Tensor, recalled: Tensor | None, bias:
     gates = torch.matmul(hidden, w.gates)
     gates = gates.add_(w.gates_bias.view(*w.gates.shape[:-2], 1, -1).to(gates.dtype))
     reset, candidate, update = gates.unflatten(-1, (3, -1)).unbind(-2)
-    candidate = candidate.mul_(reset.sigmoid_()).tanh_()
+    # tanh(x) = 2 sigmoid(2 x) - 1, which takes half as long on a CPU
+    candidate = candidate.mul_(reset.sigmoid_()).mul_(2).sigmoid_().mul_(2).sub_(1)
     new = torch.empty_like(deter)
     torch.lerp(
         apart(w, deter),

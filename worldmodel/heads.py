@@ -13,54 +13,78 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from worldmodel.nets import MLP, at_least_float32, readable, symexp
+from worldmodel.nets import MLP, affine, at_least_float32, readable, symexp
 
 Draws: TypeAlias = torch.Generator | tuple[torch.Generator, ...] | None  # one, or one a group
 FEW = 16  # classes below which a softmax is written out on a CPU
+ALIGNED = 16  # a row of so many float32 is a whole number of vector registers
 
 
 class TwoHot(nn.Module):
     """A scalar as a softmax over exponentially spaced bins from -e^20 to e^20.
 
     The target is split between the two bins around it (arXiv 2301.04104, equation 10). Output
-    weights start at zero, so every prediction starts at 0.
+    weights start at zero, so every prediction starts at 0. The bin at zero comes first, then the
+    positive ones and the negative ones, each from small to large; classes nobody can choose fill
+    the last places of a row, because products of odd width take up to twice as long.
     """
 
-    bins: Tensor
+    bins: Tensor  # (bins,) the value of each class
+    edges: Tensor  # (bins,) the same in order of size
 
     def __init__(self, n_in: int, units: int, layers: int, bins: int = 255):
         super().__init__()
         if bins % 2 == 0:
             raise ValueError(f"bins={bins} must be odd, so that one bin stands at zero")
         self.net = MLP(n_in, bins, units, layers, scale=0.0)
-        half = symexp(torch.linspace(-20, 0, bins // 2 + 1))
-        self.register_buffer("bins", torch.cat([half, -half[:-1].flip(0)]), persistent=False)
+        self.half, self.unused = bins // 2, -bins % ALIGNED
+        half = -symexp(torch.linspace(-20, 0, self.half + 1))[:-1].flip(0)
+        zero = torch.zeros(1)
+        self.register_buffer("bins", torch.cat([zero, half, -half]), persistent=False)
+        self.register_buffer("edges", torch.cat([-half.flip(0), zero, half]), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., F) -> logits (..., bins)."""
-        return at_least_float32(self.net(x))
+        """x (..., F) -> logits (..., bins + unused), those of the unused ones -inf."""
+        out = self.net.out
+        weight = F.pad(out.weight, (0, self.unused))
+        bias = F.pad(out.bias, (0, self.unused), value=-torch.inf)
+        return at_least_float32(affine(self.net.hidden(x), weight, bias))
 
     def mean(self, logits: Tensor) -> Tensor:
-        """Expected value (...). Bins of opposite sign are paired before the sum: exact at zero."""
-        probs = logits.softmax(-1)
-        middle = probs.shape[-1] // 2
-        paired = probs[..., middle + 1 :] - probs[..., :middle].flip(-1)
-        return torch.mv(paired.flatten(0, -2), self.bins[middle + 1 :]).view(paired.shape[:-1])
+        """Expected value (...)."""
+        return self.expected(logits.softmax(-1))
 
-    def loss(self, logits: Tensor, *targets: Tensor, weights: Sequence[float] = (1.0,)) -> Tensor:
-        """Cross-entropy (...) of the two-hot encodings of targets (...), summed with weights."""
+    def expected(self, probs: Tensor) -> Tensor:
+        """The value (...) of probabilities. Opposite bins are paired first: exact at zero."""
+        n = self.half
+        paired = probs[..., 1 : n + 1] - probs[..., n + 1 : 2 * n + 1]
+        return torch.mv(paired.flatten(0, -2), self.bins[1 : n + 1]).view(paired.shape[:-1])
+
+    def loss(
+        self,
+        logits: Tensor,
+        *targets: Tensor,
+        weights: Sequence[float] = (1.0,),
+        probs: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy (...) of the two-hot encodings of targets (...), summed with weights.
+
+        probs: the softmax of the logits, without gradients, where it is known.
+        """
         places = [self._places(target) for target in targets]
         index = torch.cat([i for i, _ in places], -1)
         share = torch.cat([s * w for (_, s), w in zip(places, weights, strict=True)], -1)
-        return cross_entropy(logits, index, share)
+        return cross_entropy(logits, index, share, probs)
 
     def _places(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """The two bins around each target, and how it is split between them: (..., 2) each."""
-        target = at_least_float32(target).clamp(self.bins[0], self.bins[-1]).contiguous()
-        above = torch.searchsorted(self.bins, target, right=True).clamp(1, len(self.bins) - 1)
-        low, high = self.bins[above - 1], self.bins[above]
+        edges, n = self.edges, self.half
+        target = at_least_float32(target).clamp(edges[0], edges[-1]).contiguous()
+        above = torch.searchsorted(edges, target, right=True).clamp(1, 2 * n)
+        low, high = edges[above - 1], edges[above]
         share = (target - low) / (high - low)
-        return torch.stack([above - 1, above], -1), torch.stack([1 - share, share], -1)
+        rank = torch.stack([above - 1, above], -1) - n  # from -n, of the least value, to n
+        return torch.where(rank < 0, n - rank, rank), torch.stack([1 - share, share], -1)
 
 
 class Binary(nn.Module):
@@ -79,11 +103,14 @@ class Binary(nn.Module):
         return F.binary_cross_entropy_with_logits(logit, target, reduction="none")
 
 
-def cross_entropy(logits: Tensor, index: Tensor, share: Tensor) -> Tensor:
+def cross_entropy(
+    logits: Tensor, index: Tensor, share: Tensor, probs: Tensor | None = None
+) -> Tensor:
     """Minus the log-probability (...) of few classes, `index` (..., K), each weighed by `share`."""
     if not torch.is_grad_enabled() or readable(logits):
         return -(logits.log_softmax(-1).gather(-1, index) * share).sum(-1)
-    return CrossEntropy.apply(logits, index, share)
+    probs = logits.detach().softmax(-1) if probs is None else probs
+    return CrossEntropy.apply(logits, probs, index, share)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -93,19 +120,18 @@ class CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, index: Tensor, share: Tensor) -> Tensor:
-        probs = logits.softmax(-1)
+    def forward(ctx: Any, logits: Tensor, probs: Tensor, index: Tensor, share: Tensor) -> Tensor:
         ctx.save_for_backward(probs, index, share)
         picked = probs.gather(-1, index).clamp_(min=torch.finfo(probs.dtype).tiny)
         return -(picked.log_() * share).sum(-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
         probs, index, share = ctx.saved_tensors
         grad = grads[0].unsqueeze(-1)
         back = probs * (grad * share.sum(-1, keepdim=True))
-        return back.scatter_add_(-1, index, -grad * share), None, None
+        return back.scatter_add_(-1, index, -grad * share), None, None, None
 
 
 def softmax(logits: Tensor) -> Tensor:

@@ -214,9 +214,13 @@ class MLP(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.out.forward(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the output layer sees (..., units)."""
         for layer in self.layers:
             x = layer.forward(x)
-        return self.out.forward(x)
+        return x
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -23,19 +23,43 @@ def test_two_hot_starts_at_zero_and_its_loss_is_minimal_at_the_target():
     assert torch.allclose(head.mean(logits), target, rtol=0.01, atol=0.01)
 
 
+def test_two_hot_rows_are_whole_registers_whose_last_places_nobody_chooses():
+    head = TwoHot(4, 8, 1, bins=41)
+    torch.nn.init.normal_(head.net.out.weight)
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
+    logits = head(x)
+    assert logits.shape == (6, 48)
+    assert logits[:, 41:].isneginf().all()
+    assert torch.allclose(logits[:, :41], head.net(x), atol=1e-6)
+    probs = head.net(x).softmax(-1)
+    assert torch.allclose(head.mean(logits), (probs * head.bins).sum(-1), rtol=1e-4)
+    head.loss(logits, torch.randn(6)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
+
+
+def test_two_hot_takes_probabilities_that_are_known():
+    head = TwoHot(4, 8, 1)
+    logits = torch.randn(5, 256, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    target = torch.tensor([-3.0, -0.1, 0.0, 7.0, 100.0])
+    (expected,) = torch.autograd.grad(head.loss(logits, target).sum(), logits)
+    loss = head.loss(logits, target, probs=logits.detach().softmax(-1))
+    assert torch.equal(torch.autograd.grad(loss.sum(), logits)[0], expected)
+
+
 def test_two_hot_loss_is_the_cross_entropy_of_an_interpolated_target():
     head = TwoHot(4, 8, 1, bins=41)
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(6, 41, generator=generator)
     target = torch.tensor([-1e9, -7.3, 0.0, 0.02, 12.0, 1e9])
     encoded = torch.zeros(6, 41)
-    for row, value in enumerate(target.clamp(head.bins[0], head.bins[-1]).tolist()):
+    edges, order = head.bins.sort()
+    for row, value in enumerate(target.clamp(edges[0], edges[-1]).tolist()):
         for low in range(40):
-            a, b = head.bins[low].item(), head.bins[low + 1].item()
+            a, b = edges[low].item(), edges[low + 1].item()
             if a <= value <= b:
                 encoded[row] = 0
-                encoded[row, low] = (b - value) / (b - a)
-                encoded[row, low + 1] = (value - a) / (b - a)
+                encoded[row, order[low]] = (b - value) / (b - a)
+                encoded[row, order[low + 1]] = (value - a) / (b - a)
     assert torch.allclose(encoded.sum(-1), torch.ones(6))
     expected = -(encoded * F.log_softmax(logits, -1)).sum(-1)
     assert torch.allclose(head.loss(logits, target), expected, atol=1e-4)
