@@ -143,6 +143,7 @@ METHODS = {
     "k3_rates": AgentMethod(
         "control of k3: the same groups at every update, rates scaled to the same travel", scaled(3)
     ),
+    "k5_rates": AgentMethod("control of k5, alike", scaled(5)),
     "accumulate": AgentMethod(
         "control: all parameters on the mean gradient of `base` batches", accumulated
     ),

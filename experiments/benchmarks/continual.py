@@ -62,8 +62,8 @@ SUPERVISED_PLANS = (
     Plan(SLOW, SHALLOW, 30, {"tasks": 20, "samples": 2000, **ONE_LAYER}),
 )
 TABLE = (
-    "fifo", "reservoir", "plain", "plain_fast", "k3", "k3_rates", "accumulate", "k3_fast",
-    "k3_rates_fast", "accumulate_fast", "k5", "k5_fast",
+    "fifo", "reservoir", "plain", "k3", "k3_rates", "accumulate", "k5", "k5_rates", "plain_fast",
+    "k3_fast", "k5_fast",
 )  # fmt: skip
 LEARNS = (DIGITS, "plain", "ALA", 0.6)
 KNOWN = (LEARNS, (DIGITS, "ewc - plain", "-F", 0.0), (DIGITS, "reservoir - plain", "-F", 0.0))
@@ -241,7 +241,7 @@ def report(
     for cell in missing:
         print(f"missing  {cell.stream} {cell.method}", file=sys.stderr)
     if asked.results:
-        put(asked.results, asked.tier, page_of(asked.tier, plan, results, summary))
+        put(asked.results, asked.tier, page_of(command_of(asked), plan, results, summary))
     if asked.mlflow:
         suite = {"tier": asked.tier, "cells": [cell.key for cell in cells],
                  "missing": [f"{cell.stream} {cell.method}" for cell in missing]}  # fmt: skip
@@ -253,6 +253,15 @@ def report(
     for line in failed:
         print(f"gate failed: {line}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def command_of(asked: argparse.Namespace) -> str:
+    """The command that gives these results again."""
+    words = [f"nested bench continual --tier {asked.tier}"]
+    for option in ("streams", "methods", "seeds"):
+        if (value := getattr(asked, option)) is not None:
+            words.append(f"--{option} {value}")
+    return " ".join([*words, *asked.changes, f"--jobs 2 --results {asked.results}"])
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments.benchmarks.board import interval
 from experiments.benchmarks.cells import Cell, Result
-from experiments.benchmarks.summary import BOTH
+from experiments.benchmarks.summary import CONTROLS, SCHEDULES
 
 # Columns, as metric: head. Those that no method of a stream has are left out.
 SHOWN = {
@@ -30,12 +30,11 @@ LEFT_OUT = ("tasks", "again", "hidden")  # of the options that are listed
 
 
 def page_of(
-    tier: str, plan: Sequence[Cell], results: Mapping[str, Result], summary: Mapping[str, Any]
+    command: str, plan: Sequence[Cell], results: Mapping[str, Result], summary: Mapping[str, Any]
 ) -> str:
-    """The block of a tier."""
+    """The block of a tier, and the command that gives it."""
     commits = sorted({str(result.info.get("commit") or "unknown") for result in results.values()})
     seconds = sum(costed(result) for result in results.values())
-    command = f"nested bench continual --tier {tier} --jobs 2 --results docs/RESULTS.md"
     lines = [
         f"`{command}`; {len(results)} of {len(plan)} cells, {seconds / 60:.0f} core-minutes, "
         f"commit {', '.join(commit[:12] for commit in commits)}.",
@@ -48,7 +47,8 @@ def page_of(
             lines += ["", f"**Not run yet:** {', '.join(missing)}."]
         if stream in summary:
             lines += ["", *measured(summary[stream]), *differences(summary[stream])]
-            lines += ["", verdict(summary[stream])] if BOTH[0] in summary[stream]["methods"] else []
+            if set(SCHEDULES) & {cell.method for cell in cells}:
+                lines += ["", verdict(summary[stream])]
     return "\n".join(lines)
 
 
@@ -99,22 +99,25 @@ def differences(found: Mapping[str, Any]) -> list[str]:
 
 def verdict(found: Mapping[str, Any]) -> str:
     """Which schedules forget less, or learn again faster, than both controls."""
-    own = ("plain", "fifo", "reservoir", "mixed", "oracle", "fresh", *BOTH)
-    names = [n for n in found["methods"] if n not in own and not n.startswith(BOTH)]
-    forgets = [name for name in names if beats(found["pairs"], controls_of(name), "F", -1)]
-    keeps = [n for n in forgets if not beats(found["pairs"], controls_of(n), "ALA", -1, any)]
-    learns = [name for name in names if beats(found["pairs"], controls_of(name), "again/auc", 1)]
+    pairs = found["pairs"]
+    whole = {name: [f"{name} - {other}" for other in CONTROLS[name][:2]] for name in SCHEDULES}
+    judged = {name: own for name, own in whole.items() if set(own) <= set(pairs)}
+    if not judged:
+        return "No schedule stands beside both its controls yet."
+    forgets = [name for name, own in judged.items() if beats(pairs, own, "F", -1)]
+    keeps = [name for name in forgets if not beats(pairs, judged[name], "ALA", -1, any)]
+    learns = [name for name, own in judged.items() if beats(pairs, own, "again/auc", 1)]
+    back = f" More area when the context comes back: {listed(learns)}."
     return (
-        f"Forget less than both controls, interval without zero: {listed(forgets)}; of these with "
-        f"no loss of learning accuracy: {listed(keeps)}. More area than both controls when the "
-        f"context comes back: {listed(learns)}."
+        f"Of {listed(list(judged))}, forget less than both controls (rates of the same groups, "
+        f"accumulation) with an interval that leaves out zero: {listed(forgets)}; of these with "
+        f"no loss of learning accuracy: {listed(keeps)}.{back if has_back(pairs) else ''}"
     )
 
 
-def controls_of(name: str) -> list[str]:
-    """The pairs of a schedule and its two controls, with a fast memory where it has one itself."""
-    fast = "_fast" if name.endswith("_fast") else ""
-    return [f"{name} - {control}{fast}" for control in BOTH]
+def has_back(pairs: Mapping[str, Any]) -> bool:
+    """Whether a context came back."""
+    return any("again/auc" in row for row in pairs.values())
 
 
 def beats(
@@ -125,10 +128,8 @@ def beats(
     over: Any = all,
 ) -> bool:
     """Whether these differences are on the side of `sign` with their whole interval."""
-    rows = [pairs[name].get(metric) for name in names if name in pairs]
-    if len(rows) < len(names) or None in rows:
-        return False
-    return over(row["low"] > 0 if sign > 0 else row["high"] < 0 for row in rows if row)
+    rows = [pairs[name].get(metric) for name in names]
+    return over(row and (row["low"] > 0 if sign > 0 else row["high"] < 0) for row in rows)
 
 
 # ---- text --------------------------------------------------------------------------------------

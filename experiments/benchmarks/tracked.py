@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -51,7 +52,14 @@ def send(out: Path, uri: str) -> str:
     client.set_tag(parent, "mlflow.note.content", _note(suite))
     client.set_terminated(parent)
     site = uri if uri.startswith("http") else "http://127.0.0.1:5000"
-    return f"{site.rstrip('/')}/#/experiments/{number}/runs?{CHARTS}"
+    # Charts leave out children that are folded: filtered, and in no order of time, none is.
+    asked = {
+        "searchFilter": f"tags.`{PARENT}` = '{parent}'",
+        "orderByKey": "metrics.`final/AP_final`",
+        "orderByAsc": "false",
+    }
+    query = "&".join(f"{key}={quote(value)}" for key, value in asked.items())
+    return f"{site.rstrip('/')}/#/experiments/{number}/runs?{CHARTS}&{query}"
 
 
 def _child(

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def test_processes_share_the_cells_and_wait_for_each_other(
             assert ran == ["b", "c"]
             cells.save(tmp_path / plan[0].key, plan[0], result(0.1))
 
-        monkeypatch.setattr(cells.time, "sleep", paused)
+        monkeypatch.setattr(cells, "time", SimpleNamespace(sleep=paused))
         found = cells.run_cells(plan, families, tmp_path)
     assert list(found) == [each.key for each in plan]
     assert np.array_equal(found[plan[0].key].scores, result(0.1).scores)
@@ -267,6 +268,24 @@ def test_every_cell_of_a_tier_can_run(tier: str, monkeypatch: pytest.MonkeyPatch
     for stream, name, metric, _ in continual.TIERS[tier].gates:
         assert {(stream, method) for method in name.split(" - ")} <= there
         assert metric.removeprefix("-") in ("ALA", "F", "online")
+
+
+def test_two_processes_and_a_page_of_what_is_there(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    streams = ["--streams", "cl/SlowRegression-v0", "tasks=2", "samples=20"]
+    words = [*streams, "--seeds", "2", "--out", str(tmp_path / "out")]
+    page = tmp_path / "RESULTS.md"
+    assert continual.main([*words, "--found"]) == 1
+    assert "none of 3 cells" in capsys.readouterr().err
+    assert continual.main([*words, "--methods", "plain", "--jobs", "2"]) == 0
+    assert continual.main([*words, "--found", "--results", str(page)]) == 0
+    shown = capsys.readouterr()
+    assert "missing  cl/SlowRegression-v0 k2" in shown.err
+    text = page.read_text()
+    assert "**Not run yet:** k2, fresh." in text and "1 of 3 cells" in text
+    command = f"`nested bench continual --tier smoke {streams[0]} {streams[1]} --seeds 2 tasks=2"
+    assert f"{command} samples=20 --jobs 2 --results {page}`" in text
 
 
 def test_a_cell_that_two_processes_ran_is_kept_once(tmp_path: Path):

@@ -33,7 +33,7 @@ def result(forgotten: float, learned: float = 0.0, core: float = 60.0) -> Result
 def block(**given: Result) -> str:
     found = {cell.key: given[cell.method] for cell in PLAN if cell.method in given}
     done = [cell for cell in PLAN if cell.key in found]
-    return results.page_of("table", PLAN, found, summarise(done, found))
+    return results.page_of("nested bench x", PLAN, found, summarise(done, found))
 
 
 def test_a_partial_page_says_what_is_missing():
@@ -47,22 +47,26 @@ def test_a_partial_page_says_what_is_missing():
     (row,) = [line for line in text.splitlines() if line.startswith("| `k3 - plain`")]
     assert "**-0.250 [-0.250, -0.250]**" in row, "certain differences are bold"
     assert "+0.000 [+0.000, +0.000]" in row
-    assert "Forget less" not in text, "without controls no verdict"
+    assert text.startswith("`nested bench x`; 2 of 5")
+    assert text.endswith("No schedule stands beside both its controls yet.")
 
 
 @pytest.mark.parametrize(
     ("k3", "expected"),
     [
         (result(0.1), "zero: `k3`; of these with no loss of learning accuracy: `k3`. More area "
-                      "than both controls when the context comes back: `k3`."),
-        (result(0.1, -0.1), "zero: `k3`; of these with no loss of learning accuracy: none."),
-        (result(0.3), "zero: none; of these with no loss of learning accuracy: none."),
+                      "when the context comes back: `k3`."),
+        (result(0.1, -0.1), "zero: `k3`; of these with no loss of learning accuracy: none. More"),
+        (result(0.3), "zero: none; of these with no loss of learning accuracy: none. More area "
+                      "when the context comes back: none."),
     ],
 )  # fmt: skip
 def test_the_verdict_needs_both_controls(k3: Result, expected: str):
     rest = {"plain": result(0.5), "k3_rates": result(0.2), "accumulate": result(0.4)}
-    assert expected in block(k3=k3, **rest)
-    assert "zero: none" in block(k3=k3, **{k: v for k, v in rest.items() if k != "accumulate"})
+    text = block(k3=k3, k5=result(0.0), **rest)  # k5 without its own control is not judged
+    assert "Of `k3`, forget less" in text and expected in text
+    del rest["accumulate"]
+    assert "No schedule stands" in block(k3=k3, **rest)
 
 
 def test_a_block_is_written_anew_and_words_around_it_stay(tmp_path: Path):
