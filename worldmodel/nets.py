@@ -228,6 +228,12 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def read_dtype(x: Tensor) -> torch.dtype:
+    """What the layers that read x convert it to, each anew: that of autocast where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def exact_on_cpu(x: Tensor) -> AbstractContextManager[object]:
     """No autocast where x is on a CPU: casts cost more there than small products gain."""
     return linear.exact(x) if x.device.type == "cpu" else nullcontext()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nested import fast as fast_state
 from worldmodel.cell import Draw, Plain, Tape, Weights, advance, enter
 from worldmodel.heads import Draws, race, sample, unimix
-from worldmodel.nets import MLP, BlockLinear, Dense, RMSNorm, affine, readable
+from worldmodel.nets import MLP, BlockLinear, Dense, RMSNorm, affine, read_dtype, readable
 from worldmodel.types import Carry, Latent
 
 Recall = Callable[[Tensor, Tensor, Any], tuple[Tensor | None, Any]]
@@ -154,11 +154,12 @@ class RSSM(nn.Module):
         deter, stoch, fast = carry.latent.deter, carry.latent.stoch, carry.fast
         noise = race((horizon, len(deter), self.stoch, self.classes), generator, 1)
         keep = deter.new_ones(())
-        features = deter.new_empty(len(deter), horizon, self.feature)
+        features = deter.new_empty(len(deter), horizon, self.feature, dtype=read_dtype(deter))
         actions: list[Tensor] = []
         for h in range(horizon):
             feature = features[:, h]
-            torch.cat([deter, stoch.flatten(1)], -1, out=feature)
+            feature[:, : self.deter].copy_(deter)
+            feature[:, self.deter :].copy_(stoch.flatten(1))
             action = policy(feature)
             embed, bias = self._embed(action, shares)
             deter, x = enter(weights, deter, stoch.flatten(1), keep)
@@ -166,7 +167,7 @@ class RSSM(nn.Module):
             deter = advance(weights, deter, x, recalled, bias)
             stoch = sample(self.prior(deter), noise[h])
             actions.append(action)
-        last = torch.cat([deter, stoch.flatten(1)], -1)
+        last = torch.cat([deter, stoch.flatten(1)], -1).to(features.dtype)
         return Dream(features, last, torch.stack(actions, 1))
 
     def _hoist(self) -> tuple[Weights, Tensor]:
