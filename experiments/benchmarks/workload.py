@@ -173,10 +173,11 @@ def ladder(spec: Spec) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]]
         loops[f"k={k}"] = loop_of(spec._replace(schedule=f"k{k}", overrides=fields))
 
     def round_(count: int) -> dict[str, Any]:
-        found = {
-            name: sum(seconds(lambda loop=loop: learn(loop), count, loop.device)[0])
-            for name, loop in loops.items()
-        }
+        found, names = dict.fromkeys(loops, 0.0), list(loops)
+        for i in range(count):  # in turn, and each as often first as last
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                loop = loops[name]
+                found[name] += sum(seconds(lambda loop=loop: learn(loop), 1, loop.device)[0])
         return {"seconds": found}
 
     return {"params": sum(p.numel() for p in plain.agent.parameters())}, {"round": round_}
