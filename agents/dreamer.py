@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from agents.heads import Actor, Critic
 from agents.returns import ReturnScale, by_group, lambda_return, standardized
+from nested.fast import bind
 from worldmodel import Batch, Carry, Posterior, WorldModel, features
 from worldmodel.heads import Draws
 from worldmodel.rssm import Dream, MemoryUse
@@ -122,7 +122,7 @@ class Dreamer(nn.Module):
         logits = self.critic(dream.feature)
         with torch.no_grad():
             probs = logits.softmax(-1)
-            last = self.critic.mean(self.critic(dream.last))
+            last = self.critic.value(dream.last)
             value = torch.cat([self.critic.expected(probs), last[:, None]], 1)
         returns = lambda_return(reward, live, torch.ones_like(live), value, self.lam)
         scale = self.return_scale(returns)
@@ -153,8 +153,7 @@ class Dreamer(nn.Module):
         """Reward and continuation (N, H + 1) of the states of a dream."""
         world, columns = self.world, []
         for feature in (dream.feature, dream.last[:, None]):
-            reward = world.reward.mean(world.reward(feature))
-            columns.append((reward, world.continues(feature).sigmoid()))
+            columns.append((world.reward.value(feature), world.continues(feature).sigmoid()))
         reward, live = (torch.cat(parts, 1) for parts in zip(*columns, strict=True))
         return reward, live
 
@@ -181,7 +180,7 @@ class Dreamer(nn.Module):
     @torch.no_grad()
     def _slow_value(self, feature: Tensor, slow_critic: Mapping[str, Tensor]) -> Tensor:
         """The slow critic's values (...) of features (..., F)."""
-        return self.critic.mean(functional_call(self.critic, dict(slow_critic), (feature,)))
+        return bind(self.critic, slow_critic, Critic.value)(feature)
 
     def _value_loss(
         self, logits: Tensor, target: Tensor, slow_value: Tensor, probs: Tensor | None = None

@@ -7,12 +7,11 @@ parameters, gradients and timescales, and draws from a generator of its own, so 
 would have learned alone, to rounding.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from agents.dreamer import Dreamer, Outcome
 from nested import fast as fast_state
@@ -21,17 +20,6 @@ from worldmodel.rssm import MemoryUse
 
 Generators = tuple[torch.Generator, ...]
 SCALE = "return_scale."  # the only state of an agent that is not a parameter
-
-
-class Call(nn.Module):
-    """A function of an agent as a module, so that it can be run with other weights."""
-
-    def __init__(self, agent: Dreamer):
-        super().__init__()
-        self.agent = agent
-
-    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
-        return function(self.agent, *args)
 
 
 class Group:
@@ -44,7 +32,6 @@ class Group:
         if any(p.ndim > 3 for p in agents[0].parameters()):
             raise ValueError("a group is for vectors: convolutions gain nothing by it")
         self.agents = list(agents)
-        self._call = Call(agents[0])
 
     def __len__(self) -> int:
         return len(self.agents)
@@ -54,7 +41,7 @@ class Group:
         columns: dict[str, list[Tensor]] = {}
         for agent in self.agents:
             for name, value in [*agent.named_parameters(), *_state(agent).items()]:
-                columns.setdefault(f"agent.{name}", []).append(value)
+                columns.setdefault(name, []).append(value)
         return {name: torch.stack(column) for name, column in columns.items()}
 
     @torch.no_grad()
@@ -62,8 +49,8 @@ class Group:
         self, carry: Carry, row: Batch, generators: Generators, use: MemoryUse = "write"
     ) -> tuple[Tensor, Carry]:
         """As `Dreamer.act`, for the rows of all agents."""
-        call = (Dreamer.act, carry, row, generators, use)
-        return functional_call(self._call, self.weights(), call)
+        act = fast_state.bind(self.agents[0], self.weights(), Dreamer.act)
+        return act(carry, row, generators, use)
 
     def losses(
         self,
@@ -78,12 +65,13 @@ class Group:
         """
         slow = {name: torch.stack([s[name] for s in slow_critics]) for name in slow_critics[0]}
         weights = self.weights()
-        call = (learn, batch, carry, slow, generators)
-        total, outcome = functional_call(self._call, weights, call)
+        total, outcome = fast_state.bind(self.agents[0], weights, learn)(
+            batch, carry, slow, generators
+        )
         with torch.no_grad():
             for g, agent in enumerate(self.agents):
                 for name, value in _state(agent).items():
-                    value.copy_(weights[f"agent.{name}"][g])
+                    value.copy_(weights[name][g])
         return total, outcome
 
     def split(self, outcome: Outcome) -> list[Outcome]:

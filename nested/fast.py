@@ -93,13 +93,31 @@ def detach(state: Tree) -> Tree:
     return tree_map(Tensor.detach, state)
 
 
-def bind(module: nn.Module, params: Mapping[str, Tensor]) -> Callable[..., Any]:
-    """`module` as a function that runs with `params` in place of those of its own it names."""
+def bind(
+    module: nn.Module, params: Mapping[str, Tensor], method: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """`module` as a function that runs with `params` in place of those of its own it names.
+
+    method: what to call with the module and the arguments; by default the module itself.
+    """
+    held = module if method is None else Method(module, method)
+    named = dict(params) if method is None else {f"module.{k}": v for k, v in params.items()}
 
     def bound(*args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(module, dict(params), args, kwargs)
+        return torch.func.functional_call(held, named, args, kwargs)
 
     return bound
+
+
+class Method(nn.Module):
+    """A function of a module as a module, for those that replace the weights of modules."""
+
+    def __init__(self, module: nn.Module, method: Callable[..., Any]):
+        super().__init__()
+        self.module, self.method = module, method
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.method(self.module, *args, **kwargs)
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

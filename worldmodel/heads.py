@@ -17,6 +17,7 @@ from worldmodel.nets import MLP, affine, at_least_float32, readable, symexp
 
 Draws: TypeAlias = torch.Generator | tuple[torch.Generator, ...] | None  # one, or one a group
 FEW = 16  # classes below which a softmax is written out on a CPU
+BLOCK = 1280  # rows of a value head whose classes fit a cache
 ALIGNED = 16  # a row of so many float32 is a whole number of vector registers
 
 
@@ -45,10 +46,29 @@ class TwoHot(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., F) -> logits (..., bins + unused), those of the unused ones -inf."""
-        out = self.net.out
-        weight = F.pad(out.weight, (0, self.unused))
-        bias = F.pad(out.bias, (0, self.unused), value=-torch.inf)
-        return at_least_float32(affine(self.net.hidden(x), weight, bias))
+        return at_least_float32(affine(self.net.hidden(x), *self._out()))
+
+    def _out(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the output layer, with the unused classes."""
+        weight, bias = self.net.out.weight, self.net.out.bias
+        return F.pad(weight, (0, self.unused)), F.pad(bias, (0, self.unused), value=-torch.inf)
+
+    @torch.no_grad()
+    def value(self, x: Tensor) -> Tensor:
+        """Expected value (...) of what x (..., F) is told; the classes of a block at a time.
+
+        For thousands of rows their probabilities would leave the cache three times.
+        """
+        hidden, (weight, bias) = self.net.hidden(x), self._out()
+        groups = weight if weight.ndim > 2 else weight[None]
+        rows = hidden.reshape(len(groups), -1, hidden.shape[-1])
+        heads = zip(rows, groups, bias.view(len(groups), -1), strict=True)
+        parts = [
+            self.mean(at_least_float32(affine(block, w, b)))
+            for part, w, b in heads
+            for block in part.split(BLOCK)
+        ]
+        return torch.cat(parts).view(x.shape[:-1])
 
     def mean(self, logits: Tensor) -> Tensor:
         """Expected value (...)."""

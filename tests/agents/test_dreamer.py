@@ -96,10 +96,7 @@ def test_the_actor_learns_which_imagined_action_is_rewarded(monkeypatch: pytest.
     agent, batch = make_agent(), make_batch(shape=(8, 4))
 
     class Rewarded(torch.nn.Module):
-        def mean(self, logits):
-            return logits
-
-        def forward(self, feature):
+        def value(self, feature):
             return feature[..., -1]
 
     class Continues(torch.nn.Module):

@@ -37,6 +37,16 @@ def test_two_hot_rows_are_whole_registers_whose_last_places_nobody_chooses():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
 
 
+def test_two_hot_values_of_many_rows_are_those_of_few():
+    head = TwoHot(4, 8, 1)
+    torch.nn.init.normal_(head.net.out.weight)
+    x = torch.randn(2, 700, 4, generator=torch.Generator().manual_seed(2))
+    expected = head.mean(head(x))
+    assert torch.allclose(
+        head.value(x), expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item()
+    )
+
+
 def test_two_hot_takes_probabilities_that_are_known():
     head = TwoHot(4, 8, 1)
     logits = torch.randn(5, 256, generator=torch.Generator().manual_seed(3)).requires_grad_()
