@@ -21,7 +21,7 @@ from agents import Dreamer
 from experiments.benchmarks import metrics
 from experiments.benchmarks.agent_methods import AGENT_METHODS, FIELDS, configured
 from experiments.benchmarks.cells import Cell, Family, Result, Tell
-from experiments.benchmarks.flops import operations
+from experiments.benchmarks.flops import moved_bytes, operations
 from experiments.build import build_agent, build_timescales, slow_critic
 from experiments.config import Config, ConfigError
 from experiments.driver import to_batch
@@ -208,7 +208,7 @@ class Clock:
 
 
 def costs(config: Config, updates: float) -> dict[str, Any]:
-    """Operations of an interaction with so many updates, and by level what its gradients cost.
+    """Operations and bytes of an interaction with so many updates, and by level what it costs.
 
     A level that gathers gradients pays its backward at every update, however seldom it moves: its
     operations are those that would be saved if its parameters took no gradients.
@@ -225,6 +225,7 @@ def costs(config: Config, updates: float) -> dict[str, Any]:
     batch, generator = config.replay.batch, torch.Generator()
     acting = operations(lambda: agent.act(agent.initial(1), row, generator))
     levels: dict[str, Any] = {}
+    timescales.tick("update", max(level.every.n for level in timescales.levels))  # all have moved
     for level in timescales.levels:
         if level.copy is None:
             owned = timescales.weights(level.name)
@@ -235,9 +236,14 @@ def costs(config: Config, updates: float) -> dict[str, Any]:
                 "n": level.every.n,
                 "every": str(level.every),
                 "flops": round((one - rest) * batch * updates),
+                "bytes": moved_bytes(timescales, level.name) * updates,
             }
     whole = one + (two - one) * (batch - 1)
-    return {"flops_per_interaction": acting + whole * updates, "levels": levels}
+    return {
+        "flops_per_interaction": acting + whole * updates,
+        "bytes_per_interaction": sum(level["bytes"] for level in levels.values()),
+        "levels": levels,
+    }
 
 
 def update_operations(

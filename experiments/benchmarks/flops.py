@@ -1,4 +1,4 @@
-"""Floating-point operations of one update, forward and backward.
+"""Floating-point operations of one update, forward and backward, and the bytes that levels move.
 
 Counted by torch as they are dispatched: matrix products and convolutions, two operations for each
 multiply-add, nothing else. The dynamics run as written, without nodes by hand; those make the same
@@ -8,11 +8,13 @@ rest is linear in its sequences: one and two of them are counted, and give the w
 
 from collections.abc import Callable
 
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.build import slow_critic
 from experiments.driver import replayed_batch, unpack
 from experiments.loop import Loop
+from timescales import Timescales
 
 
 def update_flops(loop: Loop) -> int:
@@ -48,3 +50,17 @@ def operations(run: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
+
+
+def moved_bytes(timescales: Timescales, name: str) -> float:
+    """Bytes that an update moves for a level's own tensors, on average; after its first move.
+
+    Every backward writes a gradient and, within a window, reads what is gathered; the move reads
+    it, and reads and writes the weights and the rule's moments.
+    """
+    level = next(level for level in timescales.levels if level.name == name)
+    size = sum(w.numel() * w.element_size() for w in timescales.weights(name).values())
+    state = timescales.state_dict()["levels"][name]["rule"].get("state", {})
+    kept = [t for moments in state.values() for t in moments.values() if torch.is_tensor(t)]
+    moments = sum(t.numel() * t.element_size() for t in kept)
+    return size * (2 - 1 / level.every.n) + (3 * size + 2 * moments) / level.every.n

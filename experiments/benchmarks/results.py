@@ -65,7 +65,7 @@ def measured(found: Mapping[str, Any]) -> list[str]:
     """A row for each method: metrics and costs."""
     methods = found["methods"]
     names = [name for name in SHOWN if any(name in row["metrics"] for row in methods.values())]
-    costs = ("core-s a seed", "core us a row", "MFLOP a row")
+    costs = ("core-s a seed", "core us a row", "MFLOP a row", "KB a row")
     rows = [
         [f"`{method}`", *(cell_of(name, row["metrics"].get(name)) for name in names),
          *costs_of(row["cost"], len(found["seeds"]))]
@@ -75,11 +75,12 @@ def measured(found: Mapping[str, Any]) -> list[str]:
 
 
 def costs_of(cost: Mapping[str, Any], seeds: int) -> list[str]:
-    """Processor time and operations; a row is a frame of an agent, or an example."""
+    """Processor time, operations and bytes of levels; a row is an agent's frame, or an example."""
     return [
         f"{cost['core_seconds'] / seeds:.1f}",
         f"{cost['core_us_per_interaction']:,.0f}",
         f"{cost['flops_per_interaction'] / 1e6:,.2f}",
+        f"{cost['bytes_per_interaction'] / 1e3:,.1f}",
     ]
 
 

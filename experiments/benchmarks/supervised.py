@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.benchmarks import plasticity
+from experiments.benchmarks.flops import moved_bytes
 from experiments.benchmarks.streams import Rows, Stream
 from timescales import Level, Timescales
 
@@ -291,10 +292,11 @@ def level_costs(learner: Learner) -> dict[str, dict[str, Any]]:
     """By owning level: its parameters, when it moves, and its operations for each row of a seed.
 
     A layer costs 2 operations a weight forward, 2 for its own gradient and, unless it is the first,
-    2 for its input's. All levels take part in every backward: a slow level saves updates, no
-    products.
+    2 for its input's. All levels take part in every backward: a slow level saves updates, and so
+    bytes, no products.
     """
     seeds = len(learner.stream.seeds)
+    rows = seeds * learner.settings.batch
     found: dict[str, dict[str, Any]] = {}
     for level in learner.timescales.levels:
         if level.copy is not None:
@@ -306,5 +308,6 @@ def level_costs(learner: Learner) -> dict[str, dict[str, Any]]:
             "n": level.every.n,
             "every": str(level.every),
             "flops": sum(c * (4 if n == "layers.0.weight" else 6) for n, c in products.items()),
+            "bytes": moved_bytes(learner.timescales, level.name) / rows,
         }
     return found

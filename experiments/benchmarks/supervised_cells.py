@@ -56,6 +56,7 @@ def run(cell: Cell, tell: Tell) -> Result:
         "core_seconds": learned.seconds,
         "core_us_per_interaction": 1e6 * learned.seconds / (len(cell.seeds) * tasks * samples),
         "flops_per_interaction": flops(stream, method, settings),
+        "bytes_per_interaction": sum(level["bytes"] for level in learned.levels.values()),
         "levels": learned.levels,
     }
     arrays = {"curves": learned.curves, "times": learned.times, "online": learned.online}

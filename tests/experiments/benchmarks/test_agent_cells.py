@@ -209,6 +209,12 @@ def test_two_seeds_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path:
     cost = summary["methods"]["k3"]["cost"]
     assert 0 < cost["core_seconds"] < cost["core_seconds_with_evaluation"]
     levels = cost["levels"]
+    # LaProp keeps two moments; 4 bytes each: gradients 2 - 1/n, then (3 + 2 * 2) / n
+    travel = [level["bytes"] / level["parameters"] / 4 for level in levels.values()]
+    updates = cost["updates_per_interaction"]
+    expected = [updates * (2 - 1 / n + 7 / n) for n in (1, 2, 4)]
+    assert travel == pytest.approx(expected, rel=2e-3)  # and counts of steps
+    assert sum(level["bytes"] for level in levels.values()) == cost["bytes_per_interaction"]
     assert [level["n"] for level in levels.values()] == [1, 2, 4]
     assert sum(level["parameters"] for level in levels.values()) == 200_645
     # who moves seldom pays its gradients all the same, and no two pay for one product

@@ -21,7 +21,7 @@ def result(forgotten: float, learned: float = 0.0, core: float = 60.0) -> Result
     scores[:, 1:] += learned
     info = {
         "core_seconds": core, "core_us_per_interaction": 1234.0, "flops_per_interaction": 2.5e6,
-        "commit": "0123456789abcdef",
+        "bytes_per_interaction": 1500.0, "commit": "0123456789abcdef",
     }  # fmt: skip
     by_seed = {
         "again/auc": np.full(3, 0.5 - forgotten),
@@ -42,7 +42,7 @@ def test_a_partial_page_says_what_is_missing():
     assert "**Not run yet:** k3_rates, accumulate, k5." in text
     assert "3 seeds, 2 tasks, then `flipped` again." in text and "`frames=80`" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| `k3` ")]
-    assert "| 0.250 [0.250, 0.250] |" in row and "| 20.0 | 1,234 | 2.50 |" in row
+    assert "| 0.250 [0.250, 0.250] |" in row and "| 20.0 | 1,234 | 2.50 | 1.5 |" in row
     assert "2,000 [1,000, 3,000]" in row
     (row,) = [line for line in text.splitlines() if line.startswith("| `k3 - plain`")]
     assert "**-0.250 [-0.250, -0.250]**" in row, "certain differences are bold"

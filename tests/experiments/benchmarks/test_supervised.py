@@ -381,6 +381,9 @@ def test_products_of_levels_are_those_that_torch_counts(method: str):
     assert sum(cost["flops"] for cost in costs.values()) == pytest.approx(counted)
     expected = 64 * 6 + 3 * 36 + 60 + 4 * 6 + 10
     assert sum(cost["parameters"] for cost in costs.values()) == expected
+    for cost in costs.values():  # gradients 2 - 1/n, then 3/n in the move; SGD has no moments
+        moved = learner.dtype.itemsize * cost["parameters"] * (2 + 2 / cost["n"])
+        assert cost["bytes"] == pytest.approx(moved / learner.settings.batch)
 
 
 def test_rehearsal_costs_twice_and_fisher_is_shared_by_the_rows():
