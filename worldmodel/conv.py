@@ -7,14 +7,14 @@ one for each of the four pixels that a pixel becomes (sub-pixel convolution, 160
 of the multiplications, and four times the channels, which is what small images lack on a CPU.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from worldmodel.nets import init_weight, readable
+from worldmodel.nets import exact_on_cpu, init_weight, readable
 
 Kind = Literal["faithful", "strided"]
 SIDE = {"faithful": 5, "strided": 4}
@@ -32,6 +32,13 @@ TAPS = {
         ((0, 0, 0, 0), (0, 0, 1, 0), (1, 0, 0, 0)),
     ),
 }
+
+
+class Doubling(NamedTuple):
+    """The four kernels of a sub-pixel convolution side by side."""
+
+    weight: Tensor  # (4 * out, in, 3, 3)
+    bias: Tensor  # (4 * out,)
 
 
 class Down(nn.Module):
@@ -69,15 +76,21 @@ class Up(nn.Module):
         self.register_buffer("taps", both.reshape(36, side * side), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.conv2d(x.permute(0, 3, 1, 2), self._kernels(), self.bias.repeat(4), padding=1)
-        return interleave(y.permute(0, 2, 3, 1))
+        return doubled(x, self.kernel())
 
-    def _kernels(self) -> Tensor:
-        """The four kernels side by side: (4 * out, in, 3, 3)."""
+    def kernel(self) -> Doubling:
+        """What `doubled` takes; never in low precision, as it sums weights."""
         weight = self.weight if self.kind == "faithful" else self.weight.transpose(0, 1)
         n_out, n_in = weight.shape[:2]
-        kernels = (weight.flatten(2) @ self.taps.t()).view(n_out, n_in, 4, 3, 3)
-        return kernels.permute(2, 0, 3, 4, 1).reshape(4 * n_out, 3, 3, n_in).permute(0, 3, 1, 2)
+        with exact_on_cpu(weight):
+            kernels = (weight.flatten(2) @ self.taps.t()).view(n_out, n_in, 4, 3, 3)
+        kernels = kernels.permute(2, 0, 3, 4, 1).reshape(4 * n_out, 3, 3, n_in)
+        return Doubling(nchw(kernels), self.bias.repeat(4))
+
+
+def doubled(x: Tensor, kernel: Doubling) -> Tensor:
+    """(N, H, W, in) -> (N, 2 H, 2 W, out)."""
+    return interleave(F.conv2d(nchw(x), *kernel, padding=1).permute(0, 2, 3, 1))
 
 
 def max_pool(x: Tensor) -> Tensor:
@@ -124,11 +137,23 @@ def channels_last(n_out: int, n_in: int, side: int) -> Tensor:
     return torch.empty(n_out, n_in, side, side).to(memory_format=torch.channels_last)
 
 
+def nchw(x: Tensor) -> Tensor:
+    """(N, H, W, C) -> (N, C, H, W), a view."""
+    return x.permute(0, 3, 1, 2)
+
+
 def interleave(x: Tensor) -> Tensor:
     """(N, H, W, 4 C), the pixels of each 2x2 square side by side -> (N, 2 H, 2 W, C)."""
     n, height, width, channels = x.shape
-    rows = x.reshape(n, height, width, 2, channels // 2).transpose(2, 3)
-    return rows.reshape(n, 2 * height, 2 * width, channels // 4)
+    rows = x.reshape(n, height, width, 2, channels // 2).unbind(3)
+    return torch.stack(rows, 2).view(n, 2 * height, 2 * width, channels // 4)
+
+
+def squares(x: Tensor) -> Tensor:
+    """Inverse of `interleave`: (N, 2 H, 2 W, C) -> (N, H, W, 4 C)."""
+    n, height, width, channels = x.shape
+    rows = x.reshape(n, height // 2, 2, width // 2, 2 * channels).unbind(2)
+    return torch.stack(rows, 3).view(n, height // 2, width // 2, 4 * channels)
 
 
 def image_error(logits: Tensor, target: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from worldmodel.conv import Down, Kind, Up, image_error
+from worldmodel.conv import Doubling, Down, Kind, Up, doubled, image_error
 from worldmodel.nets import (
     BlockLinear,
     Dense,
@@ -23,10 +23,10 @@ from worldmodel.nets import (
     norm_silu,
     symlog,
 )
+from worldmodel.stages import PART, doubled_error, down, images_in, up
 from worldmodel.types import ObsSpec
 
 MULTIPLES = (2, 3, 4, 4)
-FRAMES = 64  # images that go through the convolutions together: few enough to stay in a cache
 
 
 def image_keys(spec: dict[str, ObsSpec]) -> list[str]:
@@ -57,6 +57,7 @@ class Encoder(nn.Module):
             self.convs.extend(Down(a, b, kind) for a, b in pairs)
             self.norms.extend(RMSNorm(c) for c in channels[1:])
             self.dim += math.prod(sizes) * channels[-1]
+            self.part = part_of(sizes, depth)
         if self.vectors:
             widths = [sum(vector_width(spec[k]) for k in self.vectors)] + [units] * layers
             pairs = pairwise(widths)
@@ -82,14 +83,14 @@ class Encoder(nn.Module):
         images = [obs[key] for key in self.images]
         x = images[0] if len(images) == 1 else torch.cat(images, -1)
         lead = x.shape[:-3]
-        parts = x.reshape(-1, *x.shape[-3:]).split(FRAMES)
+        parts = x.reshape(-1, *x.shape[-3:]).split(self.part)
         tokens = [self._convolve(part) for part in parts]
         return (tokens[0] if len(tokens) == 1 else torch.cat(tokens)).view(*lead, -1)
 
     def _convolve(self, images: Tensor) -> Tensor:
         x = images.float() / 255 - 0.5
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = norm_silu(norm, conv(x))
+            x = down(conv, norm, x)
         return x.flatten(1)
 
 
@@ -112,8 +113,13 @@ def image_sizes(spec: dict[str, ObsSpec]) -> tuple[int, int]:
     return height // factor, width // factor
 
 
+def part_of(sizes: tuple[int, int], depth: int) -> int:
+    """Images that go through all stages together, from their size after the halvings."""
+    return images_in(PART, math.prod(sizes) * 4 ** len(MULTIPLES) * depth * MULTIPLES[0])
+
+
 class Decoder(nn.Module):
-    """deter (N, D), stoch (N, S, C) -> {key: prediction}; `losses` compares with observations.
+    """deter (N, D), stoch (N, S, C) -> {key: prediction}; `errors` compares with observations.
 
     Images are predicted as logits of [0, 1], vectors in symlog space, discrete entries as logits.
     """
@@ -143,6 +149,7 @@ class Decoder(nn.Module):
                 self.outputs[key] = Linear(widths[-1], vector_width(spec[key]))
         if self.images:
             self.grid = (*image_sizes(spec), depth * MULTIPLES[-1])
+            self.part = part_of(image_sizes(spec), depth)
             self.space = SpatialInput(self.grid, deter, stoch, units, blocks)
             channels = [depth * m for m in reversed(MULTIPLES)]
             channels += [sum(spec[k].shape[2] for k in self.images)]
@@ -152,42 +159,60 @@ class Decoder(nn.Module):
 
     def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
         stoch = stoch.flatten(-2)
-        out: dict[str, Tensor] = {}
-        if self.vectors:
-            x = torch.cat([deter, stoch], -1)
-            for layer in self.dense:
-                x = layer(x)
-            out |= {key: self.outputs[key](x) for key in self.vectors}
+        out = self._vectors(deter, stoch)
         if self.images:
-            out |= self._images(deter, stoch)
+            kernels = self._kernels()
+            logits = doubled(self._grid(kernels, deter, stoch), kernels[-1])
+            out |= zip(self.images, logits.split(self._channels(), -1), strict=True)
         return out
 
-    def _images(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
+    def _vectors(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
+        """Predictions of the vectors and discrete entries."""
+        if not self.vectors:
+            return {}
+        x = torch.cat([deter, stoch], -1)
+        for layer in self.dense:
+            x = layer(x)
+        return {key: self.outputs[key](x) for key in self.vectors}
+
+    def _kernels(self) -> list[Doubling]:
+        return [conv.kernel() for conv in self.convs if isinstance(conv, Up)]
+
+    def _channels(self) -> list[int]:
+        return [self.spec[key].shape[2] for key in self.images]
+
+    def _grid(self, kernels: list[Doubling], deter: Tensor, stoch: Tensor) -> Tensor:
+        """What the last convolution sees: (N, H / 2, W / 2, C)."""
         x = self.space(deter, stoch)
-        for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
-            x = norm_silu(norm, conv(x))
-        channels = [self.spec[key].shape[2] for key in self.images]
-        return dict(zip(self.images, self.convs[-1](x).split(channels, -1), strict=True))
+        for kernel, norm in zip(kernels[:-1], self.norms, strict=True):
+            x = up(kernel, norm, x)
+        return x
 
     def errors(self, deter: Tensor, stoch: Tensor, obs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The losses {key: (N,)} of decoding; images go through a block at a time."""
-        size = FRAMES if self.images else len(deter)
-        blocks = [
-            self.losses(
-                self(deter[i : i + size], stoch[i : i + size]),
-                {key: value[i : i + size] for key, value in obs.items()},
-            )
-            for i in range(0, len(deter), size)
-        ]
-        return {key: torch.cat([block[key] for block in blocks]) for key in self.spec}
+        """The losses {key: (N,)} of decoding; images go through a part at a time."""
+        stoch = stoch.flatten(-2)
+        out = self._vectors(deter, stoch)
+        errors = {key: self._loss(out[key], obs[key], self.spec[key]) for key in self.vectors}
+        if self.images:
+            kernels = self._kernels()
+            rows = (x.split(self.part) for x in (deter, stoch, *(obs[k] for k in self.images)))
+            parts = [self._image_errors(kernels, *row) for row in zip(*rows, strict=True)]
+            columns = (torch.cat(column) for column in zip(*parts, strict=True))
+            errors |= zip(self.images, columns, strict=True)
+        return {key: errors[key] for key in self.spec}
 
-    def losses(self, out: dict[str, Tensor], obs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Squared error or cross-entropy of each key, summed over its axes: {key: (N,)}."""
-        return {key: self._loss(out[key], obs[key], self.spec[key]) for key in self.spec}
+    def _image_errors(
+        self, kernels: list[Doubling], deter: Tensor, stoch: Tensor, *targets: Tensor
+    ) -> list[Tensor]:
+        """The error (N,) of each image."""
+        x = self._grid(kernels, deter, stoch)
+        if len(targets) == 1:
+            return [doubled_error(kernels[-1], x, targets[0])]
+        logits = doubled(x, kernels[-1]).split(self._channels(), -1)
+        return [image_error(*both) for both in zip(logits, targets, strict=True)]
 
     def _loss(self, out: Tensor, obs: Tensor, entry: ObsSpec) -> Tensor:
-        if entry.kind == "image":
-            return image_error(out, obs)
+        """Squared error or cross-entropy (N,) of a vector or discrete entry."""
         if entry.kind == "vector":
             return (
                 (at_least_float32(out) - symlog(at_least_float32(obs)).flatten(1)).square().sum(-1)
