@@ -7,6 +7,7 @@ what was measured of it is on disk once it is done, so a run that is cut goes on
 tells what there is.
 """
 
+import csv
 import hashlib
 import json
 import os
@@ -18,7 +19,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from experiments.benchmarks.user_rounds import Arrays, Size, measure
-from experiments.benchmarks.users_told import summary
+from experiments.benchmarks.users_page import draw
+from experiments.benchmarks.users_told import Found, summary
 from experiments.config import Config, load_config
 from experiments.together import train_together
 
@@ -30,6 +32,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "fast": (),
     "memoryless": ("model.memory.kind=none", "users=null", *RULE),
 }
+
+COLUMNS = ("arm", "seed", "name", "at", "value")
+PLAIN = ("surprise/memory", "surprise/dyn", "surprise/state", "moved")  # not by user
 
 
 class Tier(NamedTuple):
@@ -164,11 +169,25 @@ def finished(root: Path) -> Path | None:
 
 
 def run(tier: Tier, seeds: Sequence[int], out: Path) -> dict[str, Any]:
-    """Every cell; after each, cartpole.json and cartpole.csv in `out` tell what there is."""
+    """Every cell; after each one, cartpole.json, .csv and .png in `out` tell what there is."""
     found: dict[str, dict[int, Arrays]] = {arm: {} for arm in ARMS}
     result: dict[str, Any] = {}
     for cell, arrays in cells(tier, seeds, out):
         found[cell.arm][cell.config.seed] = arrays
         result = summary(found, tier.size)
         (out / "cartpole.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        with (out / "cartpole.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([COLUMNS, *rows(found)])
+        if found["fast"]:
+            draw(found, tier.size, cell.config.frames, out / "cartpole.png")
     return result
+
+
+def rows(found: Found) -> Iterator[tuple[Any, ...]]:
+    """Every array, users averaged, in long format: where else it varies is `at`."""
+    for arm, seeds in found.items():
+        for seed, arrays in seeds.items():
+            for name, values in arrays.items():
+                kept = values if name.endswith(PLAIN) else values.mean(-1)
+                for at, value in np.ndenumerate(kept):
+                    yield arm, seed, name, " ".join(map(str, at)), f"{value:.6g}"
