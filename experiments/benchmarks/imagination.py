@@ -30,7 +30,10 @@ ARMS = {
     "off": "without the memory",
     "write": "in weights that the dream goes on writing",
 }
-FIXED = ("tracking.mlflow=false", "threads=1", "checkpoint.every=0", "evaluate.every=500")
+FIXED = (
+    *("tracking.mlflow=false", "tracking.pictures=false", "threads=1"),
+    *("checkpoint.every=0", "evaluate.every=500", "evaluate.episodes=16"),
+)
 MAIN = "area"  # the measure that the verdict is about
 Curves = dict[str, list[Curve]]  # by context, in the order of seeds
 
@@ -38,10 +41,22 @@ Curves = dict[str, list[Curve]]  # by context, in the order of seeds
 # ---- runs --------------------------------------------------------------------------------------
 def configs_of(arm: str, asked: argparse.Namespace) -> list[Config]:
     """One configuration a seed."""
-    phases = ", ".join(asked.contexts)
-    words = [f"env.contexts=[{phases}]", f"frames={asked.frames}", f"tracking.root={asked.root}"]
+    words = [
+        f"env.contexts=[{asked.contexts}]",
+        f"frames={asked.frames}",
+        f"tracking.root={asked.root}",
+    ]
     words += [*FIXED, *asked.overrides, f"model.memory.imagine={arm}"]
     return [load_config(asked.preset, [f"seed={seed}", *words]) for seed in range(asked.seeds)]
+
+
+def arms_of(text: str) -> list[str]:
+    """The arms named in `text`, each once. Raises ConfigError."""
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in ARMS:
+            raise ConfigError("--arms", name, "no such arm", f"choose from {','.join(ARMS)}")
+    return names
 
 
 def default_of(asked: argparse.Namespace) -> str:
@@ -246,9 +261,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--preset", default="default", help="preset or YAML file")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default all")
+    parser.add_argument("--arms", default=",".join(ARMS), help="with commas (default all)")
     parser.add_argument("--seeds", type=int, default=10, help="how many (default 10)")
-    parser.add_argument("--contexts", nargs="+", default=["normal", "flipped"], help="the phases")
+    parser.add_argument("--contexts", default="normal,flipped", help="the phases, with commas")
     parser.add_argument("--frames", type=int, default=10_000, help="in all (default 10000)")
     parser.add_argument("--root", default="runs/imagination", help="folder of the runs")
     parser.add_argument("--out", type=Path, help="the picture (default ROOT/imagination.png)")
@@ -258,18 +273,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.seeds < 1:
         raise ConfigError("--seeds", asked.seeds, "nothing to train", "give 1 or more")
     default = default_of(asked)
-    configs = {arm: configs_of(arm, asked) for arm in dict.fromkeys(asked.arms)}
+    contexts = asked.contexts.split(",")
+    configs = {arm: configs_of(arm, asked) for arm in arms_of(asked.arms)}
     for arm in configs.values():
         check(arm)
     found: dict[str, Curves] = {}
     for arm, one in configs.items():
         print(f"{arm}: {ARMS[arm]}", file=sys.stderr, flush=True)
         found[arm] = curves(one)
-    values = {arm: measures(x, asked.contexts, asked.frames) for arm, x in found.items()}
+    values = {arm: measures(x, contexts, asked.frames) for arm, x in found.items()}
     result = {
         "arms": list(found),
         "seeds": asked.seeds,
-        "contexts": asked.contexts,
+        "contexts": contexts,
         "frames": asked.frames,
         "default": default,
         "measures": summary(values, np.random.default_rng(0)),

@@ -47,7 +47,7 @@ class Size(NamedTuple):
     hidden: int = 32
     pairs: int = 16
     batch: int = 8  # episodes of `pairs` pairs; more of shorter ones
-    updates: int = 300
+    updates: int = 400
     rate: float = 5e-3
     episodes: int = 64  # held out, a seed
     curve: tuple[int, ...] = CURVE
@@ -320,13 +320,15 @@ def draw_gains(axes: Any, result: Mapping[str, Any]) -> None:
     axes.grid(axis="x")
 
 
-def known(kinds: Sequence[str]) -> None:
-    """Raises ConfigError for a kind of memory that is none."""
+def kinds_of(text: str) -> list[str]:
+    """The memories named in `text`, each once. Raises ConfigError."""
+    kinds = list(dict.fromkeys(text.split(",")))
     for kind in kinds:
         if kind not in MEMORIES:
             near = nearest(kind, MEMORIES)
             way_out = f"did you mean {near}?" if near else f"kinds: {', '.join(MEMORIES)}"
             raise ConfigError("--kinds", kind, "no such memory", way_out)
+    return kinds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -337,17 +339,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="example:\n  nested bench recall --seeds 10 --out runs/recall.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--kinds", nargs="+", default=list(MEMORIES), help="memories (default all)")
+    parser.add_argument("--kinds", default=",".join(MEMORIES), help="with commas (default all)")
     parser.add_argument("--seeds", type=int, default=10, help="how many (default 10)")
     parser.add_argument("--tier", choices=TIERS, default="full", help="how much (default full)")
     parser.add_argument("--out", type=Path, help="write the picture there")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     asked = parser.parse_args(argv)
-    known(asked.kinds)
+    kinds = kinds_of(asked.kinds)
     if asked.seeds < 1:
         raise ConfigError("--seeds", asked.seeds, "nothing to train", "give 1 or more")
     torch.set_num_threads(1)
-    result, _ = run(asked.kinds, range(asked.seeds), TIERS[asked.tier])
+    result, _ = run(kinds, range(asked.seeds), TIERS[asked.tier])
     if asked.out:
         draw(result, asked.out)
     print(json.dumps(result) if asked.json else table(result))

@@ -14,7 +14,7 @@ PHASES = ("normal", "flipped")
 TINY = [
     *("model.deter=16", "model.hidden=8", "model.units=8", "model.stoch=4", "model.classes=4"),
     *("model.memory.dim=4", "env.num=4", "replay.batch=2", "replay.length=8", "agent.horizon=3"),
-    *("train.prefill=40", "evaluate.every=32", "evaluate.episodes=2"),
+    *("train.prefill=40", "train.ratio=1", "evaluate.every=32", "evaluate.episodes=2"),
 ]
 
 
@@ -70,15 +70,15 @@ def test_the_verdict_follows_differences_paired_by_seed():
 
 def test_imagination_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     root = tmp_path / "runs"
-    words = ["--seeds", "2", "--frames", "128", "--root", str(root), *TINY]
-    assert imagination.main([*words, "--arms", "read", "off"]) == 0
+    words = ["--seeds", "2", "--frames", "64", "--root", str(root), *TINY]
+    assert imagination.main([*words, "--arms", "read,off"]) == 0
     told = capsys.readouterr().out
     assert "read - off" in told and "area/2 flipped" in told
     assert (root / "imagination.png").stat().st_size > 10_000
     before = {path: path.stat().st_mtime_ns for path in root.glob("*/metrics.jsonl")}
     assert len(before) == 4
-    used = sorted(load_config(path.parent).model.memory.imagine for path in before)  # pyright: ignore[reportAttributeAccessIssue]
-    assert used == ["off", "off", "read", "read"]
+    used = [load_config(path.parent).model.memory.model_dump()["imagine"] for path in before]
+    assert sorted(used) == ["off", "off", "read", "read"]
     # an arm more: the others are taken as they are
     assert imagination.main([*words, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -93,6 +93,7 @@ def test_imagination_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("words", "told"),
     [
         (["--seeds", "0"], "give 1 or more"),
+        (["--arms", "read,of"], "choose from read,off,write"),
         (["model.memory.kind=none"], "no fast weights"),
         (["model.memory.kind=rls"], "one by one"),
     ],

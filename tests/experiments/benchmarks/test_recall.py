@@ -127,7 +127,7 @@ def test_a_memory_learns_to_recall():
 @pytest.mark.usefixtures("threads")
 def test_recall_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "docs" / "recall.png"
-    words = ["--tier", "smoke", "--seeds", "2", "--kinds", "delta", "rls"]
+    words = ["--tier", "smoke", "--seeds", "2", "--kinds", "delta,rls"]
     assert recall.main([*words, "--out", str(out)]) == 0
     table = capsys.readouterr().out
     assert "delta" in table and "rls" in table and "chance 0.250" in table
