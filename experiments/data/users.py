@@ -40,7 +40,9 @@ class UserShards:
     """States like `template` (any number of users) in `folder`; one process at a time.
 
     `shard` places a file; `keep` marks stay good for `rewind`, as many as there are checkpoints.
-    `lost` counts users whose only record was broken, `older` those who fell back to a former one.
+    `lost` counts users whose only record was broken, `older` those who fell back to a former one;
+    a broken record that was replaced before costs nobody, unless a `rewind` goes back to it. A
+    broken header hides its user, and counts as one lost.
     """
 
     def __init__(self, folder: Path, template: Tree, shard: int = 65_536, keep: int = 4):
@@ -100,12 +102,10 @@ class UserShards:
         keys = [key_of(user) for user in ids]
         which = [i for i, key in enumerate(keys) if key in self._index]
         headers, payloads, whole = self._read([self._index[keys[i]] for i in which])
-        for row in np.flatnonzero(~whole).tolist():
-            found = self._fall_back(keys[which[row]])
-            if found is not None:
-                headers[row], payloads[row], whole[row] = *found, True
-        records = self._unpacked(headers[whole], payloads[whole])
-        return torch.tensor(which, dtype=torch.int64)[torch.from_numpy(whole)], records
+        if not whole.all():
+            self._fall_back([keys[which[row]] for row in np.flatnonzero(~whole).tolist()])
+            return self.get(ids)
+        return torch.tensor(which, dtype=torch.int64), self._unpacked(headers, payloads)
 
     def forget(self, ids: Iterable[Id]) -> None:
         """Wipe every record of these users, former ones too; a rewind does not bring them back."""
@@ -164,12 +164,7 @@ class UserShards:
     def verify(self) -> int:
         """Read every record; how many users were lost by it."""
         before = self.lost
-        keys = list(self._index)
-        for at in range(0, len(keys), BLOCK):
-            block = keys[at : at + BLOCK]
-            _, _, whole = self._read([self._index[key] for key in block])
-            for row in np.flatnonzero(~whole).tolist():
-                self._fall_back(block[row])
+        self._check(list(self._index))
         return self.lost - before
 
     # ---- files --------------------------------------------------------------------------------
@@ -225,23 +220,21 @@ class UserShards:
         used = np.flatnonzero(headers.view(np.uint8).reshape(-1, HEADER.itemsize).any(1))
         good = checks(headers[used]) == headers["check"][used]
         good &= headers["length"][used] == self._ends[-1]
-        broken = np.concatenate([used[~good], self._cut(used[good])])
-        used = np.setdiff1d(used, broken)
-        for shard, _, at in self._by_shard(broken):
-            shard.clear(at)
+        broken, used = used[~good], used[good]
+        self._drop(broken)
         found = headers[used]
         order = np.lexsort((found["sequence"], found["key"][:, 1], found["key"][:, 0]))
         same = (found["key"][order[1:]] == found["key"][order[:-1]]).all(1)
         newest = np.sort(order[np.append(~same, True)] if len(order) else order)
-        raw = found["key"][newest].tobytes()
-        keys = [raw[at : at + 16] for at in range(0, len(raw), 16)]
-        self._index = dict(zip(keys, used[newest].tolist(), strict=True))
+        self._index = dict(zip(_keys(found[newest]), used[newest].tolist(), strict=True))
         replacing = found["sequence"][order[1:][same]].tolist()
         pairs = zip(replacing, used[order[:-1][same]].tolist(), strict=True)
         self._replaced = deque(sorted(pairs))  # (sequence of what replaced it, place)
         self._free = np.setdiff1d(np.arange(len(headers)), used)[::-1].tolist()
         self._sequence = max(int(found["sequence"].max(initial=0)), *self._marks, 0)
         self._lose(len(broken), "at opening")
+        cut = set(self._cut(used[newest]).tolist())
+        self._check([key for key, place in self._index.items() if place in cut])
 
     def _cut(self, places: np.ndarray) -> np.ndarray:
         """Those of these places whose payload lay beyond the end of a file that is too short."""
@@ -278,17 +271,19 @@ class UserShards:
 
     def _places_of(self, keys: Sequence[bytes]) -> np.ndarray:
         """All places that hold a record of these users, former ones too."""
-        wanted = np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2)
+        wanted, known = np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2), set(keys)
         found = [np.zeros(0, np.int64)]
         for number, shard in enumerate(self._shards):
             table = np.ascontiguousarray(shard.headers["key"])
             rows = np.flatnonzero(np.isin(table[:, 0], wanted[:, 0]))
-            rows = [r for r in rows.tolist() if table[r].tobytes() in set(keys)]
+            rows = [r for r in rows.tolist() if table[r].tobytes() in known]
             found.append(np.array(rows, np.int64) + number * self._records)
         return np.concatenate(found)
 
     # ---- records ------------------------------------------------------------------------------
-    def _read(self, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _read(
+        self, places: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Headers, payloads (n, length) and whether the payload is what was written."""
         at = np.array(places, np.int64)
         headers, payloads = np.zeros(len(at), HEADER), np.empty((len(at), self._ends[-1]), np.uint8)
@@ -296,23 +291,35 @@ class UserShards:
             headers[rows], payloads[rows] = shard.headers[inside], shard.payloads[inside]
         return headers, payloads, crcs(payloads) == headers["crc"]
 
-    def _fall_back(self, key: bytes) -> tuple[np.void, np.ndarray] | None:
-        """A user's record is broken: drop it, and go back to the newest whole one, if any."""
-        broken = self._index.pop(key)
-        places = [place for place in self._places_of([key]).tolist() if place != broken]
-        for shard, _, at in self._by_shard(np.array([broken])):
+    def _check(self, keys: Sequence[bytes]) -> None:
+        """Read the records of these users; where one is broken, fall back."""
+        for at in range(0, len(keys), BLOCK):
+            block = keys[at : at + BLOCK]
+            _, _, whole = self._read([self._index[key] for key in block])
+            if not whole.all():
+                self._fall_back([block[row] for row in np.flatnonzero(~whole).tolist()])
+
+    def _fall_back(self, keys: Sequence[bytes]) -> None:
+        """Records of these users are broken: drop them, and go back to the newest whole ones."""
+        broken = {key: self._index.pop(key) for key in dict.fromkeys(keys)}
+        self._drop(np.array(list(broken.values()), np.int64))
+        self._free += broken.values()
+        places = self._places_of(list(broken))
+        headers, _, whole = self._read(places)
+        owners = _keys(headers)
+        rows = np.argsort(headers["sequence"], kind="stable").tolist()  # the newest one stays
+        back = {owners[row]: int(places[row]) for row in rows if whole[row]}
+        self._drop(places[[key not in back for key in owners]])  # lost once, not at each opening
+        kept = set(back.values())
+        self._replaced = deque(pair for pair in self._replaced if pair[1] not in kept)
+        self._free = [free for free in self._free if free not in kept]
+        self._index |= back
+        self.older += len(back)
+        self._lose(len(broken) - len(back), "by a broken record")
+
+    def _drop(self, places: np.ndarray) -> None:
+        for shard, _, at in self._by_shard(places):
             shard.clear(at)
-        self._free.append(broken)
-        headers, payloads, whole = self._read(places)
-        if not whole.any():
-            self._lose(1, "by a broken record")
-            return None
-        best = max(np.flatnonzero(whole).tolist(), key=lambda row: headers["sequence"][row])
-        self._index[key] = place = places[best]
-        self._replaced = deque(pair for pair in self._replaced if pair[1] != place)
-        self._free = [free for free in self._free if free != place]
-        self.older += 1
-        return headers[best], payloads[best]
 
     def _lose(self, users: int, how: str) -> None:
         if users:
@@ -348,6 +355,11 @@ def key_of(user: Id) -> bytes:
     """128 bits for an id; the int 1, "1" and b"1" are three users."""
     raw = user if isinstance(user, bytes) else str(user).encode()
     return blake2b(raw, digest_size=16, person=type(user).__name__.encode()).digest()
+
+
+def _keys(headers: np.ndarray) -> list[bytes]:
+    raw = headers["key"].tobytes()
+    return [raw[at : at + 16] for at in range(0, len(raw), 16)]
 
 
 def _compare(path: Path, body: dict[str, Any], own: dict[str, Any]) -> None:
