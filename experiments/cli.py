@@ -9,7 +9,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -189,6 +189,8 @@ def _train(args: argparse.Namespace) -> int:
         print(config.dump(), end="")
         return 0
     check_env(config)
+    if resume:
+        _say_changes(load_config(resume).flatten(), config.flatten())
     from experiments.train import train
 
     _say_done(train(config, resume), config.tracking.uri if config.tracking.mlflow else None)
@@ -209,6 +211,14 @@ def _train_offline(
 
     _say_done(learn(config, resume), config.tracking.uri if config.tracking.mlflow else None)
     return 0
+
+
+def _say_changes(before: Mapping[str, object], after: Mapping[str, object]) -> None:
+    """What a run goes on with that it did not have: never in silence."""
+    for name in sorted(before.keys() | after.keys()):
+        old, new = (str(fields.get(name, "nothing")) for fields in (before, after))
+        if old != new:
+            print(f"changed {name}: {old} -> {new}", file=sys.stderr)
 
 
 def _say_done(path: Path, uri: str | None) -> None:

@@ -1,7 +1,8 @@
 """Changing a tree of plain values: merging files, setting dotted paths.
 
-Giving another `kind` drops the fields that belonged to the former one; another `model.size` drops
-the widths that came with the former, another `env.id` what only its environment knew.
+Giving another `kind` drops the fields that belonged to the former one, but for the optimizer that
+every kind of `timescales` has; another `model.size` drops the widths that came with the former,
+another `env.id` what only its environment knew.
 """
 
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ Path = tuple[str, ...]
 LEVELS = ("timescales", "levels")
 OWN = frozenset({"contexts", "units", "kwargs"})  # of env: what one environment knows
 DROPPED: dict[Path, frozenset[str]] = {("model", "size"): SIZED, ("env", "id"): OWN}
+KEPT: dict[str, tuple[str, ...]] = {"timescales": ("rule",)}  # under another `kind` too
 
 
 def merge(base: Tree, over: Tree) -> Tree:
@@ -29,8 +31,13 @@ def merge(base: Tree, over: Tree) -> Tree:
         elif value.get("kind", old.get("kind")) == old.get("kind"):
             out[key] = merge(old, value)
         else:
-            out[key] = value
+            out[key] = kept(key, old) | value
     return out
+
+
+def kept(name: str, node: Tree) -> Tree:
+    """What the mapping of this name keeps when it gets another kind."""
+    return {key: node[key] for key in KEPT.get(name, ()) if node.get(key) is not None}
 
 
 def put(tree: Tree, path: Path, value: Any) -> None:
@@ -45,7 +52,9 @@ def put(tree: Tree, path: Path, value: Any) -> None:
         node[_index(node, last, path, value)] = value
         return
     if last == "kind" and node.get("kind") != value:
+        same = kept(path[0], node) if len(path) == 2 else {}
         node.clear()
+        node.update(same)
     for name in DROPPED.get(path, frozenset()) if node.get(last) != value else ():
         node.pop(name, None)
     node[last] = value

@@ -124,11 +124,13 @@ def test_train_takes_a_file_and_flags_in_any_order(calls):
     assert (calls[0][0].seed, calls[0][0].frames) == (3, 16000)
 
 
-def test_resume_takes_the_configuration_of_the_run(calls):
+def test_resume_takes_the_configuration_of_the_run(calls, capsys):
     path = make_run()
     assert cli.main(["train", "--resume", "one", "frames=48000"]) == 0
     config, resume = calls[0]
     assert (resume, config.seed, config.frames) == (path, 5, 48000)
+    told = capsys.readouterr().err
+    assert "changed frames: " in told and told.endswith("-> 48000\n") and "seed" not in told
 
 
 def test_print_config_loads_again(calls, capsys):

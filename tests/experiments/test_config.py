@@ -173,7 +173,7 @@ def test_published_methods_equal_their_presets(kind):
     from timescales import presets as methods
     from timescales import rules
 
-    config = load(f"timescales.kind={kind}")
+    config = load(f"timescales={{kind: {kind}}}")
     ours = [make_level(name, level, []) for name, level in levels_of(config).items()]
     theirs = getattr(methods, kind)(rules.adamw())
     assert [told(x) for x in ours] == [told(x) for x in theirs]
@@ -204,6 +204,18 @@ def test_another_kind_drops_its_siblings_whatever_the_order():
         assert periods(config) == [1, 4, 16, 64, 256]
     flow = level(load("timescales.levels.slow.flow={kind: pull, source: mid}"), "slow").flow
     assert flow is not None and flow.kind == "pull"
+
+
+def test_another_kind_of_timescales_keeps_the_optimizer():
+    words = ("timescales.kind=geometric", "timescales.k=2")
+    before = level(load_config("cartpole"), "all").flow
+    after = level(load_config("cartpole", words), "fast").flow
+    assert before is not None and before.kind == "descend" and before.rule is not None
+    assert after is not None and after.kind == "descend" and after.rule == before.rule
+    assert before.rule.kind == "laprop"
+    other = level(load_config("cartpole", (*words, "timescales.rule.kind=sgd")), "fast").flow
+    assert other is not None and other.kind == "descend" and other.rule is not None
+    assert other.rule.kind == "sgd"
 
 
 def test_the_same_kind_keeps_its_siblings():
