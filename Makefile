@@ -1,9 +1,10 @@
-# `make check` is what CI runs, `make test` the fast suite, `make slow` the rest of it.
+# `make check` is what CI runs, `make test` the fast suite, `make slow` the rest of it, `make smoke`
+# the continual benchmark from end to end with its gates.
 PYTHON ?= python
 
-.PHONY: check lint types test slow format
+.PHONY: check lint types test smoke slow format
 
-check: lint types test
+check: lint types test smoke
 
 lint:
 	$(PYTHON) -m ruff format --check .
@@ -15,6 +16,9 @@ types:
 
 test:
 	$(PYTHON) -m pytest
+
+smoke:
+	$(PYTHON) -m experiments bench continual --tier smoke --out "$$(mktemp -d)"
 
 slow:
 	$(PYTHON) -m pytest -m slow

@@ -48,7 +48,7 @@ def _page(stream: str, found: Mapping[str, Any], results: Mapping[str, Result]) 
     heights = -(-len(results) // ACROSS)
     rows = len(results)
     courses = {name: result for name, result in results.items() if "course" in result.arrays}
-    ratios = [1.9 * heights + 0.5, 4.7, 0.26 * rows + 0.6]
+    ratios = [1.9 * heights + 0.5, max(4.7, 0.2 * len(found["pairs"])), 0.26 * rows + 0.6]
     if courses:
         ratios.append(2.1 * -(-len(courses) // COURSES) + 0.5)
     figure = Figure(figsize=(15, sum(ratios) - 0.6), layout="constrained")
