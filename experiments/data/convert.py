@@ -28,7 +28,7 @@ from worldmodel.types import ActionSpec, ObsSpec
 def record_policy(
     path: Path, policy: str, env: EnvConfig, frames: int, noise: float = 0.3, seed: int = 0
 ) -> Path:
-    """Episodes of `random`, of the MiniGrid `expert`, or of a trained run's folder."""
+    """Episodes of `random`, of the scripted `expert`, or of a trained run's folder."""
     envs, act = _players(policy, env, noise, seed)
     try:
         return record(envs, act, frames, path)
@@ -38,9 +38,6 @@ def record_policy(
 
 def _players(policy: str, env: EnvConfig, noise: float, seed: int) -> tuple[Envs, Policy]:
     if policy == "expert":
-        if not env.id.startswith("MiniGrid-"):
-            way_out = "use --policy random, or a run's folder"
-            raise ConfigError("env.id", env.id, "the expert knows rooms of MiniGrid only", way_out)
         return expert_envs(env, env.num, noise, seed)
     if policy == "random":
         envs = make_envs(env, seed=seed)

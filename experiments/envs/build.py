@@ -16,7 +16,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.wrappers import AddRenderObservation
 
 from experiments.config.models import EnvConfig
-from experiments.envs import cartpole, crafter, minigrid, userpop
+from experiments.envs import cartpole, crafter, minigrid, recipes, userpop
 from experiments.envs.adapter import GymEnvs
 from experiments.envs.known import EXTRAS
 from experiments.envs.population import Population
@@ -66,6 +66,9 @@ def find(name: str) -> EnvSpec:
                 ) from missing
     if name == "crafter":
         return EnvSpec(name, entry_point=crafter.CrafterEnv)
+    if name == recipes.ID:
+        steps = recipes.STEPS
+        return EnvSpec(name, entry_point=recipes.RecipesEnv, max_episode_steps=steps)
     module, _, rest = name.rpartition(":")  # gymnasium's "module:id" imports the module first
     if module:
         importlib.import_module(module)
@@ -110,7 +113,7 @@ def cap_of(name: str, time_limit: int = 0) -> float | None:
         return float(time_limit or gymnasium.spec(name).max_episode_steps or np.inf)
     if name.startswith(("MiniGrid-", "BabyAI-")):
         return 1.0
-    return crafter.CAP if name == "crafter" else None
+    return {"crafter": crafter.CAP, recipes.ID: recipes.CAP}.get(name)
 
 
 def _cartpole(config: EnvConfig, num: int, seed: int) -> Envs:

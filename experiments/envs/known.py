@@ -15,6 +15,7 @@ from experiments.config import Config, ConfigError, nearest
 OWN: dict[str, tuple[str, ...]] = {
     "CartPoleShift-v0": ("normal", "flipped", "long", "heavy"),
     "UserPop-v0": ("train", "users", "clusters"),
+    "Recipes-v0": (),
     "crafter": (),
 }
 
