@@ -54,7 +54,9 @@ SMALL = (
 )
 TIERS = {
     "smoke": Tier(2, 2, Size(2, 4, (0, 1, 3), 1, 1, 4, 3), tuple(SMALL.split())),
-    "laptop": Tier(5, 5, Size(4, 96, MARKS, 2, 4, 64, 160), (f"frames={FRAMES}",)),
+    "laptop": Tier(
+        5, 5, Size(4, 96, MARKS, 2, 4, 64, 160), (f"frames={FRAMES}", "users.store=null")
+    ),
 }
 
 
@@ -76,9 +78,9 @@ class Cell(NamedTuple):
 
 def cell_of(arm: str, seed: int, tier: Tier, out: Path) -> Cell:
     """What is trained, and how it is measured."""
-    own = [*tier.fields, *ARMS[arm]]
-    if arm != "fast":  # there is no such level, and no memory with a size
-        own = [f for f in own if not f.startswith(("timescales.levels", "model.memory.dim"))]
+    # without a memory there are no levels and no users that need fields
+    gone = () if arm == "fast" else ("timescales.levels.", "model.memory.", "users.")
+    own = [*(field for field in tier.fields if not field.startswith(gone)), *ARMS[arm]]
     config = load_config("users", [
         *own, f"seed={seed}", f"env.kwargs.population={seed}", "threads=1", "device=cpu",
         "evaluate.every=0", "evaluate.off=false", "tracking.mlflow=false",

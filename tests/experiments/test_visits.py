@@ -153,7 +153,8 @@ def test_a_run_with_users_and_what_it_reports():
     path = train(configure(f"{POOL} evaluate.contexts=[users,clusters]"))
     rows = read(path / "metrics.jsonl")
     contexts = ("users", "users_off", "clusters", "clusters_off")
-    assert {f"eval/{name}/return" for name in contexts} == set(rows[0].metrics)
+    kinds = ("return", "score")
+    assert {f"eval/{name}/{kind}" for name in contexts for kind in kinds} == set(rows[0].metrics)
     last = rows[-2].metrics
     assert last["train/visits"] > 6 and last["train/users"] == 4
     assert last["levels/start/updates"] == last["train/visits"] // 6
