@@ -88,7 +88,7 @@ class Encoder(nn.Module):
         return (tokens[0] if len(tokens) == 1 else torch.cat(tokens)).view(*lead, -1)
 
     def _convolve(self, images: Tensor) -> Tensor:
-        x = images.float() / 255 - 0.5
+        x = images.float().div_(255).sub_(0.5)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = down(conv, norm, x)
         return x.flatten(1)

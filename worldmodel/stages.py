@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from worldmodel.conv import Doubling, Down, doubled, image_error, nchw, squares
 from worldmodel.nets import EPSILON, RMSNorm, at_least_float32, norm_silu, readable
 
-BLOCK = 1 << 20  # elements of a convolution's output that are worked on together
+BLOCK = 1 << 20  # elements of a convolution's output that are worked on together; 4 are pooled
 PART = 1 << 23  # and of those that a node keeps: larger tensors cost page faults in every update
 NARROW = 8  # channels that fill half a vector register, or less
 
@@ -77,32 +77,44 @@ class Kept(NamedTuple):
         return cls(like.new_empty(shape), factor)
 
 
-def norm_silu_block(x: Tensor, scale: Tensor, kept: Kept, out: Tensor) -> None:
+class Scale(NamedTuple):
+    """The scale (C,) of a norm in the forms that its blocks need, made once."""
+
+    mean: Tensor  # (C,) 1 / C each
+    share: Tensor  # (C,) minus the scale over C
+    rows: Tensor  # (W * C,) the scale of a row of pixels: loops over few channels crawl
+
+    @classmethod
+    def of(cls, scale: Tensor, like: Tensor, width: int) -> Self:
+        """For rows of `width` pixels, in the precision of `like`."""
+        scale = scale.to(like.dtype)
+        rows = scale.expand(width, -1).reshape(-1)
+        return cls(torch.full_like(scale, 1 / len(scale)), scale / -len(scale), rows)
+
+
+def norm_silu_block(x: Tensor, scale: Scale, kept: Kept, out: Tensor) -> None:
     """silu(scale * x / rms(x)) into out, both (N, H, W, C) at least float32; x is overwritten."""
-    width = scale.numel()
-    mean = scale.new_full((width,), 1 / width).to(x.dtype)
-    torch.mv(torch.mul(x, x).view(-1, width), mean, out=kept.factor.view(-1))
+    torch.mv(torch.mul(x, x).view(-1, x.shape[-1]), scale.mean, out=kept.factor.view(-1))
     kept.factor.add_(EPSILON).rsqrt_()
     kept.normal.copy_(x.mul_(kept.factor))
-    out.copy_(F.silu(by_channel(x, scale), inplace=True))
+    out.copy_(F.silu(x.flatten(2).mul_(scale.rows), inplace=True).view(x.shape))
 
 
-def norm_silu_back(grad: Tensor, scale: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
-    """Gradients of x (N, H, W, C) at least float32 and of scale (C,)."""
-    normal, width = at_least_float32(kept.normal), scale.numel()
-    grad = aten.silu_backward(grad.to(normal.dtype), by_channel(normal, scale))
-    product = torch.mul(grad, normal).view(-1, width)
-    share = torch.mv(product, (scale / -width).to(normal.dtype)).view(kept.factor.shape)
-    grad = by_channel(grad, scale, out=grad).addcmul_(normal, share).mul_(kept.factor)
-    return grad, product.sum(0)
+def norm_silu_back(grad: Tensor, scale: Scale, kept: Kept) -> tuple[Tensor, Tensor]:
+    """Gradients of x (N, H, W, C) at least float32 and of the scale (C,)."""
+    normal = at_least_float32(kept.normal)
+    product = torch.mul(normal.flatten(2), scale.rows).view(normal.shape)
+    grad = aten.silu_backward(grad.to(normal.dtype), product)
+    product = torch.mul(grad, normal, out=product).view(-1, normal.shape[-1])
+    share = torch.mv(product, scale.share).view(kept.factor.shape)
+    grad.flatten(2).mul_(scale.rows)
+    return grad.addcmul_(normal, share).mul_(kept.factor), product.sum(0)
 
 
-def by_channel(x: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
-    """x (N, H, W, C) times scale (C,), a row of pixels at a time: loops over few channels crawl."""
-    rows = x.flatten(2)
-    return torch.mul(
-        rows, scale.to(x.dtype).repeat(x.shape[2]), out=None if out is None else out.view_as(rows)
-    ).view(x.shape)
+def over_pixels(grad: Tensor) -> Tensor:
+    """Sum (C,) of grad (N, H, W, C), at least float32; first the columns, which are long rows."""
+    columns = at_least_float32(grad.flatten(2).flatten(0, 1).sum(0))
+    return columns.view(grad.shape[2:]).sum(0)
 
 
 class DownStage(torch.autograd.Function):
@@ -117,6 +129,7 @@ class DownStage(torch.autograd.Function):
         kernel, add = weight.to(x.dtype), bias.to(x.dtype)
         if n_out <= NARROW:
             kernel, add = pair(kernel), add.repeat(2)
+        of_norm = Scale.of(scale, kept.factor, shape[2])
         size = images_in(BLOCK, height * width * n_out)
         blocks = zip(*(y.split(size) for y in (x, out, lower, right, *kept)), strict=True)
         for x_, out_, lower_, right_, *kept_ in blocks:
@@ -127,7 +140,7 @@ class DownStage(torch.autograd.Function):
             column = at_least_float32(torch.maximum(first, second))
             first, second = column.view(-1, *shape[1:3], 2, n_out).unbind(3)
             right_.copy_(second - first)
-            norm_silu_block(torch.maximum(first, second), scale, Kept(*kept_), out_)
+            norm_silu_block(torch.maximum(first, second), of_norm, Kept(*kept_), out_)
         ctx.save_for_backward(x, weight, scale, lower, right, *kept)
         return out
 
@@ -141,10 +154,10 @@ class DownStage(torch.autograd.Function):
         size = images_in(BLOCK, x[0].numel() // weight.shape[1] * len(weight))
         places = x.split(size) if g_x is None else g_x.split(size)
         blocks = zip(*(y.split(size) for y in (grads[0], x, *kept)), places, strict=True)
-        kernel = weight.to(x.dtype)
+        kernel, of_norm = weight.to(x.dtype), Scale.of(scale, kept[-1], x.shape[2] // 2)
         for grad_, x_, lower_, right_, normal_, factor_, place in blocks:
-            grad, g_scale = norm_silu_back(grad_, scale, Kept(normal_, factor_))
-            g_bias = grad.view(-1, len(scale)).sum(0)
+            grad, g_scale = norm_silu_back(grad_, of_norm, Kept(normal_, factor_))
+            g_bias = over_pixels(grad)
             grad = unpooled(grad.to(x.dtype), lower_, right_)
             if wanted:
                 place.copy_(grad_input(grad, x_, kernel))
@@ -175,11 +188,12 @@ class UpStage(torch.autograd.Function):
         kept = Kept.empty(x, (n, height, width * 4, n_out))
         out = x.new_empty(n, height, 2, width, 2 * n_out)
         kernel, add = weight.to(x.dtype), bias.to(x.dtype)
-        size = images_in(BLOCK, height * width * len(bias))
+        of_norm = Scale.of(scale, kept.factor, width * 4)
+        size = images_in(BLOCK // 4, height * width * len(bias))
         for x_, out_, *kept_ in zip(*(y.split(size) for y in (x, out, *kept)), strict=True):
             y = nhwc(F.conv2d(nchw(x_), kernel, add, padding=1)).reshape(kept_[0].shape)
             flat = torch.empty_like(y)
-            norm_silu_block(at_least_float32(y), scale, Kept(*kept_), flat)
+            norm_silu_block(at_least_float32(y), of_norm, Kept(*kept_), flat)
             rows = flat.view(-1, height, width, 2, 2 * n_out).unbind(3)
             torch.stack(rows, 2, out=out_)
         ctx.save_for_backward(x, weight, scale, *kept)
@@ -191,14 +205,14 @@ class UpStage(torch.autograd.Function):
         x, weight, scale, *kept = ctx.saved_tensors
         g_x, channels = torch.empty_like(x), len(weight)
         sums = [torch.zeros_like(weight), weight.new_zeros(channels), torch.zeros_like(scale)]
-        size = images_in(BLOCK, x[0].numel() // weight.shape[1] * channels)
+        size = images_in(BLOCK // 4, x[0].numel() // weight.shape[1] * channels)
         blocks = zip(*(y.split(size) for y in (grads[0], x, g_x, *kept)), strict=True)
-        kernel = weight.to(x.dtype)
+        kernel, of_norm = weight.to(x.dtype), Scale.of(scale, kept[-1], x.shape[2] * 4)
         for grad_, x_, place, *kept_ in blocks:
             grad = squares(grad_).view(kept_[0].shape)
-            grad, g_scale = norm_silu_back(grad, scale, Kept(*kept_))
-            g_bias = grad.view(-1, channels).sum(0)
-            grad = grad.view(*x_.shape[:3], channels).to(x.dtype)
+            grad, g_scale = norm_silu_back(grad, of_norm, Kept(*kept_))
+            grad = grad.view(*x_.shape[:3], channels)
+            g_bias, grad = over_pixels(grad), grad.to(x.dtype)
             place.copy_(grad_input(grad, x_, kernel))
             for total, part in zip(
                 sums, (grad_weight(grad, x_, kernel), g_bias, g_scale), strict=True
@@ -241,8 +255,8 @@ class ErrorStage(torch.autograd.Function):
         ):
             grad = gradient_ * scale_
             place.copy_(grad_input(grad, x_, kernel))
-            g_bias = torch.sum(grad.view(-1, channels), 0, dtype=weight.dtype)
-            for total, part in zip(sums, (grad_weight(grad, x_, kernel), g_bias), strict=True):
+            found = (grad_weight(grad, x_, kernel), over_pixels(grad))
+            for total, part in zip(sums, found, strict=True):
                 total += part
         return g_x, *sums, None
 
