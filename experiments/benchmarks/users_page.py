@@ -85,11 +85,12 @@ def consolidation(axes: "Axes", fast: Sequence[Arrays]) -> None:
         ("own/old/with", "old users, own weights", YELLOW, "-"),
         ("own/old/without", "old users, as new ones", FAINT, "-"),
     )
+    updates = np.arange(fast[0]["cohort/own/zero"].shape[1])
     for name, label, colour, dashes in shown:
         values = mean([one[f"cohort/{name}"].mean(0) for one in fast])
-        band(axes, np.arange(values.shape[1]), values, label, colour, dashes)
+        band(axes, updates, values, label, colour, dashes)
+    axes.set_xticks(updates)
     axes.set_xlabel("slow updates by visitors of an unknown cluster")
-    axes.xaxis.get_major_locator().set_params(integer=True)
     finish(axes, "consolidation, nothing else learns", "score of an episode")
 
 
@@ -109,14 +110,15 @@ def surprise(panels: Any, fast: Sequence[Arrays], plain: Sequence[Arrays], lengt
             band(world, at, np.stack([one["surprise/dyn"] for one in part]), arm, colour)
     world.set_xlabel("frames of training")
     finish(world, "surprise of the world model (each update)", "KL from posterior to prior (nats)")
+    updates = np.arange(1, fast[0]["cohort/own/moved"].shape[1] + 1)
     for name, label, colour, dashes in (
         ("own", "visitors of the unknown cluster", BLUE, "-"),
         ("stray", "visitors of other clusters", ORANGE, "--"),
     ):
         moved = np.stack([one[f"cohort/{name}/moved"].mean(0) for one in fast])
-        band(start, np.arange(1, moved.shape[1] + 1), moved, label, colour, dashes)
+        band(start, updates, moved, label, colour, dashes)
+    start.set_xticks(updates)
     start.set_xlabel("slow updates")
-    start.xaxis.get_major_locator().set_params(integer=True)
     finish(start, "surprise of the start (64 visits)", "length of the visitors' mean displacement")
 
 

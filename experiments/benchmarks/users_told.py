@@ -26,6 +26,7 @@ def summary(found: Found, size: Size) -> dict[str, Any]:
             values = joined([told(one, size) for one in seeds.values()])
             rows = {name: row(bootstrap(x, rng), x) for name, x in values.items()}
             result["arms"][arm] = {"seeds": list(seeds), "rows": rows}
+            result["arms"][arm]["rounds"] = by_round(list(seeds.values()), size, rng)
     both = sorted(set(found.get("fast", {})) & set(found.get("memoryless", {})))
     if both:
         ours, theirs = (joined([told(found[a][s], size) for s in both]) for a in found)
@@ -39,6 +40,28 @@ def summary(found: Found, size: Size) -> dict[str, Any]:
         }
     result["gates"] = gates(result)
     return result
+
+
+def by_round(
+    seeds: Sequence[Arrays], size: Size, rng: np.random.Generator
+) -> dict[str, list[dict[str, float]]]:
+    """Held-out users after each round, 0 is untrained: an interval each."""
+    zero = np.stack([one["zero"].mean(-1) for one in seeds])  # (seeds, rounds + 1)
+    if "fresh" not in seeds[0]:
+        found = {"new users": zero}
+    else:
+        curves = np.stack([one["own"].mean(-1) for one in seeds])  # (seeds, rounds + 1, marks)
+        found = {
+            "Z: new users, nothing written": zero,
+            "G: Z minus that of the round before": np.diff(zero, prepend=zero[:, :1]),
+            "new users": np.stack([one["fresh"].mean(-1) for one in seeds]),
+            "known users": np.stack([one["back/own"].mean(-1) for one in seeds]),
+        } | {
+            f"area at {n}": np.apply_along_axis(area, -1, curves, size.marks, n)
+            for n in AREAS
+            if n <= size.marks[-1]
+        }
+    return {name: [bootstrap(x, rng)._asdict() for x in values.T] for name, values in found.items()}
 
 
 def joined(parts: Sequence[Mapping[str, float]]) -> Values:
@@ -140,6 +163,9 @@ def table(result: Mapping[str, Any]) -> str:
         seeds = ", ".join(str(seed) for seed in part["seeds"])
         lines += ["", f"CartPole users, {arm}, seeds {seeds}: score, 95 % over seeds"]
         lines += [f"{name:58}{shown(row)}" for name, row in part["rows"].items()]
+        for name, rounds in part["rounds"].items():
+            means = "".join(f"{interval['value']:8.3f}" for interval in rounds)
+            lines.append(f"{name + ', by round':58}{means}")
     for name, row in result.get("pairs", {}).items():
         lines += ["", f"{name:58}{shown(row)}"]
     lines.append("")

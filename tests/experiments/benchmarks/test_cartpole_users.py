@@ -148,6 +148,11 @@ def test_gates_tell_what_holds(own: float, other: float, gain: float):
     assert others == [own > 0] * 3
     assert result["pairs"]["new users, fast - memoryless"]["value"] == pytest.approx(0.1)
     assert result["pairs"]["new users, fast - memoryless"]["seeds"] == [0, 1]
+    rounds = result["arms"]["fast"]["rounds"]
+    assert [row["value"] for row in rounds["area at 10"]] == pytest.approx(
+        [0.3 + 0.5 * (own + 0.01)] * 3
+    )
+    assert [row["value"] for row in rounds["G: Z minus that of the round before"]] == [0.0] * 3
     assert summary({"fast": {}, "memoryless": plain}, size)["gates"] == {}
 
 
