@@ -113,6 +113,13 @@ def hare_tortoise(options: Options) -> list[str]:
     ]  # fmt: skip
 
 
+def hare_rates(options: Options) -> list[str]:
+    """The rate with which the tortoise travels: see `schedules.hare_rates`."""
+    n, rate = options["return_every"], options["average"]
+    steps = n - (1 - rate) * (1 - (1 - rate) ** n) / rate
+    return [f"timescales.rule.lr={options['lr'] * steps / n!r}"]
+
+
 def with_memory(options: Options) -> list[str]:
     """Fast weights in the dynamics that learn while the agent acts."""
     return ["model.memory.kind=gated_delta", "model.memory.dim=32", "model.memory.heads=1"]
@@ -159,6 +166,7 @@ AGENT_METHODS = {
     },
     "l2_init": AgentMethod("decay toward the initial weights", l2_init),
     "hare_tortoise": AgentMethod("returns to an average of its own path", hare_tortoise),
+    "hare_rates": AgentMethod("control of hare_tortoise: the rate it travels with", hare_rates),
     "oracle": AgentMethod("k=1 that sees the context", told),
     "fresh": AgentMethod("a new agent for each task: the reference of plasticity", fresh=True),
 }

@@ -1,12 +1,10 @@
-"""Methods by name: schedules of levels, published baselines, and the controls of naive wins.
+"""Methods by name: schedules of levels with their controls, and published baselines.
 
 Each is a configuration of the project's own levels; hooks compute only what a level is handed
-(Fisher rates, renewed weights) or what stands beside the loss (replay, consistency). The controls
-are what a claim about k timescales must beat: the same groups with scaled rates and no clocks, and
-plain accumulation of gradients.
+(Fisher rates, renewed weights) or what stands beside the loss (replay, consistency).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
@@ -14,88 +12,28 @@ import torch
 from torch import Tensor
 
 from experiments.benchmarks import plasticity
+from experiments.benchmarks.schedules import (
+    accumulated,
+    clocked,
+    cls_er,
+    ewc,
+    hare_rates,
+    hare_tortoise,
+    l2_init,
+    plain,
+    renewable,
+    scaled,
+)
 from experiments.benchmarks.streams import Rows, rng
 from experiments.benchmarks.supervised import (
     Hooks,
     Learner,
     Method,
     Params,
-    Settings,
     forward,
     layers,
     losses,
 )
-from timescales import REST, Descend, Every, Level, Reset, Rule, presets, rules
-
-Sizes = Mapping[str, int]
-RULES: dict[str, Callable[..., Rule]] = {"sgd": rules.sgd, "adamw": rules.adamw}
-POWER = 0.5  # a level of period n learns with lr * n**POWER
-
-
-# ---- schedules ---------------------------------------------------------------------------------
-def rule_of(settings: Settings) -> Rule:
-    """The rule of a schedule with one learning rate."""
-    return RULES[settings.rule](lr=settings.lr)
-
-
-def plain(sizes: Sizes, settings: Settings) -> list[Level]:
-    """k = 1."""
-    return presets.plain(rule_of(settings))
-
-
-def clocked(sizes: Sizes, settings: Settings, k: int, base: int) -> list[Level]:
-    """k levels by depth, the output's the fastest, with periods 1, base, base**2 ..."""
-    rule = RULES[settings.rule]
-    return presets.geometric(k, rule, settings.lr, base, POWER, sizes, by="depth")
-
-
-def scaled(sizes: Sizes, settings: Settings, k: int, base: int) -> list[Level]:
-    """The same groups at every update, each at the rate that makes up for its period.
-
-    A window of n steps with `lr n**POWER` on its mean moves as far as n steps at
-    `lr n**(POWER - 1)`: the mean size of an update is the same, the clocks are gone.
-    """
-    rule = RULES[settings.rule]
-    return [
-        Level(
-            level.name,
-            match=level.match,
-            flow=Descend(rule(lr=settings.lr * level.every.n ** (POWER - 1))),
-        )
-        for level in clocked(sizes, settings, k, base)
-    ]
-
-
-def accumulated(sizes: Sizes, settings: Settings, n: int) -> list[Level]:
-    """Every parameter on the mean gradient of n batches: one larger batch, no levels."""
-    rule = RULES[settings.rule](lr=settings.lr * n**POWER)
-    return [Level("all", match=REST, every=Every(n), flow=Descend(rule))]
-
-
-def renewable(sizes: Sizes, settings: Settings, clear_rule: bool = False) -> list[Level]:
-    """k = 1 whose weights can be put in place by `Learner.renew`."""
-    reset = Reset("renewed", Every(unit="renew"), clear_rule)
-    return [Level("all", match=REST, flow=Descend(rule_of(settings)), reset=(reset,))]
-
-
-def l2_init(sizes: Sizes, settings: Settings) -> list[Level]:
-    """Relax to the initial weights."""
-    return presets.l2_init(rule_of(settings), rate=settings.lr * settings.l2_init)
-
-
-def ewc(sizes: Sizes, settings: Settings) -> list[Level]:
-    """Relax to the weights at the end of the last task, by importance."""
-    return presets.ewc(rule_of(settings))
-
-
-def hare_tortoise(sizes: Sizes, settings: Settings) -> list[Level]:
-    """Return to an average of the own path."""
-    return presets.hare_tortoise(rule_of(settings), settings.return_every, settings.average)
-
-
-def cls_er(sizes: Sizes, settings: Settings) -> list[Level]:
-    """Two averages updated by chance."""
-    return presets.cls_er(rule_of(settings), rate=settings.average)
 
 
 # ---- online EWC --------------------------------------------------------------------------------
@@ -385,6 +323,7 @@ METHODS = {
         lambda learner: Hooks(updated=ContinualBackprop(learner).updated),
     ),
     "hare_tortoise": Method("returns to an average of its own path", hare_tortoise),
+    "hare_rates": Method("control of hare_tortoise: the rate with which it travels", hare_rates),
     "reservoir": Method("rehearses a uniform sample of the past", plain, _reservoir_hooks),
     "cls_er": Method(
         "rehearsal, two weight averages, consistency", cls_er, _cls_er_hooks, acts="stable"

@@ -84,7 +84,9 @@ TIERS = {
         "minutes: long streams of digits under AdamW, where plain learners go stale",
         (
             Plan(
-                DIGITS, ("plain", "l2_init", "redo", "cbp", "hare_tortoise", "fresh"), 20,
+                DIGITS,
+                ("plain", "l2_init", "redo", "cbp", "hare_tortoise", "hare_rates", "accumulate",
+                 "fresh"), 20,
                 {"tasks": 20, "rule": "adamw", "lr": 3e-3, "l2_init": 1.0, "evaluations": 2},
             ),
         ),

@@ -21,9 +21,17 @@ CONTROLS = {
     "plain_fast": ("k3_rates", "accumulate"),
     "k3_fast": ("k3_rates", "accumulate", "plain_fast", "k3", "k3_rates_fast", "accumulate_fast"),
     "k5_fast": ("k5_rates", "accumulate", "plain_fast", "k5"),
+    "hare_tortoise": ("hare_rates", "accumulate"),
     "mixed": ("reservoir",),
 }
-SCHEDULES = ("k3", "k5", "plain_fast", "k3_fast", "k5_fast")  # that claim something
+SCHEDULES = (
+    "k3",
+    "k5",
+    "plain_fast",
+    "k3_fast",
+    "k5_fast",
+    "hare_tortoise",
+)  # that claim something
 BASES = ("plain", "fifo")  # what every method is compared with
 SYMPTOMS = ("dormant", "erank", "srank", "weight_norm")
 NORMALISED = ("AP_final", "AP_any", "ALA", "F")

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks import metrics
-from experiments.benchmarks.baselines import METHODS, RULES
+from experiments.benchmarks.baselines import METHODS
 from experiments.benchmarks.cells import Cell, Family, Result, Tell
+from experiments.benchmarks.schedules import RULES
 from experiments.benchmarks.streams import check_stream, make_stream
 from experiments.benchmarks.supervised import Settings, flops, learn
 from experiments.config import ConfigError
