@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from worldmodel.conv import Doubling, Down, doubled, image_error, nchw, squares
 from worldmodel.nets import EPSILON, RMSNorm, at_least_float32, norm_silu, readable
 
-BLOCK = 1 << 20  # elements of a convolution's output that are worked on together; 4 are pooled
+BLOCK = 1 << 20  # elements of a convolution's output that a thread works on before the next
 PART = 1 << 23  # and of those that a node keeps: larger tensors cost page faults in every update
 NARROW = 8  # channels that fill half a vector register, or less
 
@@ -28,6 +28,11 @@ aten = torch.ops.aten
 def images_in(elements: int, pixels: int) -> int:
     """How many images of so many numbers go into `elements`."""
     return max(elements // pixels, 1)
+
+
+def at_once(pixels: int) -> int:
+    """How many images of so many numbers make a block; every thread has a cache of its own."""
+    return images_in(BLOCK * torch.get_num_threads(), pixels)
 
 
 def down(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
@@ -130,7 +135,7 @@ class DownStage(torch.autograd.Function):
         if n_out <= NARROW:
             kernel, add = pair(kernel), add.repeat(2)
         of_norm = Scale.of(scale, kept.factor, shape[2])
-        size = images_in(BLOCK, height * width * n_out)
+        size = at_once(height * width * n_out)
         blocks = zip(*(y.split(size) for y in (x, out, lower, right, *kept)), strict=True)
         for x_, out_, lower_, right_, *kept_ in blocks:
             rows = pairs(x_) if n_out <= NARROW else x_
@@ -151,7 +156,7 @@ class DownStage(torch.autograd.Function):
         sums = [torch.zeros_like(y) for y in (weight, scale, scale)]
         wanted = ctx.needs_input_grad[0]
         g_x = torch.empty_like(x) if wanted else None
-        size = images_in(BLOCK, x[0].numel() // weight.shape[1] * len(weight))
+        size = at_once(x[0].numel() // weight.shape[1] * len(weight))
         places = x.split(size) if g_x is None else g_x.split(size)
         blocks = zip(*(y.split(size) for y in (grads[0], x, *kept)), places, strict=True)
         kernel, of_norm = weight.to(x.dtype), Scale.of(scale, kept[-1], x.shape[2] // 2)
@@ -189,7 +194,7 @@ class UpStage(torch.autograd.Function):
         out = x.new_empty(n, height, 2, width, 2 * n_out)
         kernel, add = weight.to(x.dtype), bias.to(x.dtype)
         of_norm = Scale.of(scale, kept.factor, width * 4)
-        size = images_in(BLOCK // 4, height * width * len(bias))
+        size = at_once(4 * height * width * len(bias))
         for x_, out_, *kept_ in zip(*(y.split(size) for y in (x, out, *kept)), strict=True):
             y = nhwc(F.conv2d(nchw(x_), kernel, add, padding=1)).reshape(kept_[0].shape)
             flat = torch.empty_like(y)
@@ -205,7 +210,7 @@ class UpStage(torch.autograd.Function):
         x, weight, scale, *kept = ctx.saved_tensors
         g_x, channels = torch.empty_like(x), len(weight)
         sums = [torch.zeros_like(weight), weight.new_zeros(channels), torch.zeros_like(scale)]
-        size = images_in(BLOCK // 4, x[0].numel() // weight.shape[1] * channels)
+        size = at_once(4 * x[0].numel() // weight.shape[1] * channels)
         blocks = zip(*(y.split(size) for y in (grads[0], x, g_x, *kept)), strict=True)
         kernel, of_norm = weight.to(x.dtype), Scale.of(scale, kept[-1], x.shape[2] * 4)
         for grad_, x_, place, *kept_ in blocks:
@@ -230,7 +235,7 @@ class ErrorStage(torch.autograd.Function):
         gradient = x.new_empty(n, height, width, channels)
         loss = Kept.empty(x, (n, 1, 1, 1)).factor.view(n)
         kernel, add = weight.to(x.dtype), bias.to(x.dtype)
-        size = images_in(BLOCK // 4, height * width * channels)
+        size = at_once(4 * height * width * channels)
         blocks = zip(*(y.split(size) for y in (x, target, gradient, loss)), strict=True)
         for x_, target_, gradient_, loss_ in blocks:
             y = nhwc(F.conv2d(nchw(x_), kernel, add, padding=1))
@@ -247,7 +252,7 @@ class ErrorStage(torch.autograd.Function):
         x, weight, gradient = ctx.saved_tensors
         g_x, channels = torch.empty_like(x), len(weight)
         sums = [torch.zeros_like(weight), weight.new_zeros(channels)]
-        size = images_in(BLOCK, gradient[0].numel())
+        size = at_once(gradient[0].numel())
         scale = (2 * grads[0]).to(x.dtype).view(-1, 1, 1, 1)
         kernel = weight.to(x.dtype)
         for scale_, gradient_, x_, place in zip(

@@ -19,7 +19,7 @@ WIDTHS = [(3, 8), (8, 12), (4, 5), (16, 9)]
 def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks, the last one shorter."""
     torch.manual_seed(0)
-    monkeypatch.setattr(stages, "BLOCK", 2 * 8 * 12 * 12)
+    monkeypatch.setattr(stages, "at_once", lambda pixels: stages.images_in(2 * 8 * 12 * 12, pixels))
 
 
 def agree(
@@ -106,6 +106,13 @@ def test_compilers_and_transforms_see_the_readable_path() -> None:
     torch.testing.assert_close(mapped, expected)
     with torch.no_grad():
         torch.testing.assert_close(down(conv, norm, x), expected)
+
+
+def test_a_block_grows_with_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(stages, "BLOCK", 30)
+    assert [stages.at_once(pixels) for pixels in (10, 60, 61)] == [6, 1, 1]
 
 
 def test_of_equal_pixels_the_first_gets_the_gradient() -> None:
