@@ -13,7 +13,8 @@ import torch
 
 from agents import Dreamer
 from experiments.build import build_agent, device_of
-from experiments.config import Config, load_config
+from experiments.config import Config, ConfigError, load_config
+from experiments.config.dreamer4 import is_dreamer4
 from experiments.driver import Driver, Step
 from experiments.envs import cartpole, make_envs
 from worldmodel.rssm import MemoryUse
@@ -155,7 +156,17 @@ def load_run(path: Path | str, step: int | None = None) -> tuple[Config, Dreamer
 
 
 def evaluate_run(path: Path | str, fast: bool = True, episodes: int = 32) -> dict[str, float]:
-    """Load a run and act: mean returns by context; without `fast`, memories are left out."""
+    """Load a run and act: mean returns by context; without `fast`, memories are left out.
+
+    Of an offline run: by policy; it has no memories to leave out.
+    """
+    if is_dreamer4(path):
+        from experiments.evaluate_offline import evaluate_offline
+
+        if not fast:
+            problem = "an offline agent has no fast memory"
+            raise ConfigError("--fast", "off", problem, "leave it out")
+        return evaluate_offline(Path(path), episodes)
     config, agent = load_run(path)
     use: MemoryUse = "write" if fast else "off"
     return evaluate(config, agent, contexts_of(config), 0, episodes, use)

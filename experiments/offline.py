@@ -1,9 +1,11 @@
-"""Learning from recorded episodes alone: Dreamer 4's phases, read from top to bottom.
+"""Learning from recorded episodes: Dreamer 4's phases, read from top to bottom.
 
 A tokenizer learns the images and is frozen; dynamics learn its latents; imitation, rewards and
 terminals are learned inside the same network; policy and value then learn in imagination, near
 the policy that imitated. After each phase a measure on held-out episodes, or in the environment,
-must pass the phase's gate. What a run holds between updates is in offline_loop.py.
+must pass the phase's gate. Rounds online may follow: the policy acts in the environment, what it
+saw joins the data, and the last two phases go on. What a run holds between updates is in
+offline_loop.py.
 """
 
 from collections.abc import Callable
@@ -26,18 +28,16 @@ def learn(config: Dreamer4Config, resume: Path | None = None) -> Path:
     """
     work = Work.resume(config, resume) if resume else Work.start(config)
     with work:
-        for name, phase in PHASES.items():
-            if work.enter(name):
-                phase(work)
-                work.leave()
+        for stage in work.stages():
+            STAGES[stage.name](work)
     return work.run.path
 
 
 def tokenizer(work: Work) -> None:
     """Images to latents and back."""
-    model = work.agent.tokenizer
-    for phase in work.updates(work.config.phases.tokenizer, r"^tokenizer\."):
-        images, first = work.images(work.data, phase.batch, phase.length)
+    model, phase, lessons = work.agent.tokenizer, work.config.phases.tokenizer, work.lessons
+    for _ in work.updates(phase, r"^tokenizer\."):
+        images, first = lessons.images(lessons.data, phase.batch, phase.length)
         work.learn(model.losses(images, first, work.generator), model.scales)
     found = psnr(work)
     work.gate("psnr", found, lambda gate: found >= gate)
@@ -45,22 +45,29 @@ def tokenizer(work: Work) -> None:
 
 def dynamics(work: Work) -> None:
     """The next latents from those before and actions, by shortcut forcing; lengths alternate."""
-    for phase in work.updates(work.config.phases.dynamics, r"^dynamics\.(?!agent|task)"):
+    phase, lessons = work.config.phases.dynamics, work.lessons
+    for _ in work.updates(phase, r"^dynamics\.(?!agent|task)"):
         length = phase.length if work.update % phase.every else phase.long
-        batch = work.experience([(work.data, phase.batch)], length)
+        batch = lessons.experience([(lessons.data, phase.batch)], length)
         losses, _ = work.agent.dynamics.losses(batch.clip, work.generator)
         work.learn(losses, {"dynamics": 1.0})
     found = next_frame(work)
     work.gate("next_frame", found, lambda gate: found <= gate)
 
 
+def act(work: Work) -> None:
+    """Episodes of the policy, in the environment: more to learn from, beside the recordings."""
+    work.act()
+
+
 def finetune(work: Work) -> None:
-    """Imitation of the best episodes, rewards and terminals of all, beside the dynamics' loss."""
-    for phase in work.updates(work.config.phases.finetune, r"^(dynamics|policy|reward|terminal)\."):
-        rows = min(max(1, round(phase.imitate * phase.batch)), phase.batch - 1)
-        parts = [(work.best, rows), (work.data, phase.batch - rows)]
-        batch = work.experience(parts, phase.length)
-        losses = work.agent.finetune(batch, work.generator)
+    """Imitation of the best recordings, rewards and terminals of all, beside the dynamics' loss."""
+    phase, lessons = work.settings, work.lessons
+    share = work.config.phases.finetune.imitate
+    for _ in work.updates(phase, r"^(dynamics|policy|reward|terminal)\."):
+        rows = min(max(1, round(share * phase.batch)), phase.batch - 1)
+        parts = [(lessons.best, rows), *lessons.mixed(phase.batch - rows)]
+        losses = work.agent.finetune(lessons.experience(parts, phase.length), work.generator)
         work.learn(losses, dict.fromkeys(losses, 1.0))
     work.prior = work.agent.prior()
     work.evaluate("imitation")
@@ -70,12 +77,14 @@ def finetune(work: Work) -> None:
 
 def imagine(work: Work) -> None:
     """Policy and value in imagination; the world model and the prior stand still."""
-    for phase in work.updates(work.config.phases.imagine, r"^(policy|value)\."):
-        clip = work.experience([(work.data, phase.batch)], phase.length).clip
+    phase, lessons = work.settings, work.lessons
+    for _ in work.updates(phase, r"^(policy|value)\."):
+        clip = lessons.experience(lessons.mixed(phase.batch), phase.length).clip
         dream = work.agent.imagine(clip, work.prior, work.generator)
-        learning = float(work.update >= phase.critic)
+        learning = float(work.update >= work.config.phases.imagine.critic)
         work.learn(dream.losses, {"policy": learning, "value": 1.0}, dream.metrics)
     found = work.evaluate("imagination")
+    work.measure(found)
     work.gate("return", found, lambda gate: found >= gate)
 
 
@@ -83,7 +92,7 @@ def imagine(work: Work) -> None:
 def psnr(work: Work) -> float:
     """Peak signal to noise of frames held out, in dB, with nothing hidden."""
     phase, model = work.config.phases.tokenizer, work.agent.tokenizer
-    images, first = work.images(work.held, 16, phase.length)
+    images, first = work.lessons.images(work.lessons.held, 16, phase.length)
     with torch.no_grad():
         painted = model.decode(model.encode(images, first), first).clamp(0, 1)
     error = (painted - images / 255).square().mean()
@@ -92,7 +101,7 @@ def psnr(work: Work) -> float:
 
 def next_frame(work: Work) -> float:
     """Squared error of a next frame held out, over that of repeating the one before."""
-    clip = work.experience([(work.held, 64)], work.config.phases.dynamics.length).clip
+    clip = held_out(work, work.config.phases.dynamics.length)
     past, (_, context) = observed(work, clip)
     now = Clip(*(x[:, -1:] for x in clip))
     made = work.agent.dynamics.generate(now, context, work.config.agent.steps, work.generator)
@@ -104,7 +113,7 @@ def next_frame(work: Work) -> float:
 def surprise(work: Work) -> float:
     """Surprise about actions held out, over that of a policy that chooses uniformly."""
     agent = work.agent
-    clip = work.experience([(work.held, 64)], work.config.phases.finetune.length).clip
+    clip = held_out(work, work.config.phases.finetune.length)
     with torch.no_grad():
         feature, _ = agent.dynamics.observe(clip, agent.dynamics.initial(64), work.generator)
         logits = agent.policy(feature)
@@ -114,6 +123,11 @@ def surprise(work: Work) -> float:
         for x in (logits, torch.zeros_like(logits))
     )
     return float(found / uniform)
+
+
+def held_out(work: Work, length: int) -> Clip:
+    """64 rows of the recordings that nothing was learned from."""
+    return work.lessons.experience([(work.lessons.held, 64)], length).clip
 
 
 def observed(work: Work, clip: Clip) -> tuple[Clip, tuple[Tensor, Context]]:
@@ -128,9 +142,10 @@ def error_of(made: Tensor, true: Tensor) -> Tensor:
     return (made - true).square().flatten(1).mean(1)
 
 
-PHASES: dict[str, Callable[[Work], None]] = {
+STAGES: dict[str, Callable[[Work], None]] = {
     "tokenizer": tokenizer,
     "dynamics": dynamics,
+    "act": act,
     "finetune": finetune,
     "imagine": imagine,
 }

@@ -1,13 +1,14 @@
 """What an offline run holds between updates, all of it in every checkpoint.
 
-Weights, the levels of the phase, generators, the phase and its update, the prior, and the sums of
-metrics not yet reported: a run that is killed goes on from its last checkpoint bit for bit. A
-frozen tokenizer's latents are files of the run, written once.
+Weights, the levels of the stage, generators, the stage and its update, the prior, and the sums of
+metrics not yet reported: a run that is killed goes on from its last checkpoint bit for bit. What a
+round acts depends on the seed, the round and the agent alone, so it is acted again or found whole.
 """
 
+import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,28 +17,31 @@ import torch
 from torch import Tensor
 
 from agents.actions import actions_of
-from agents.offline import Experience, OfflineDreamer
+from agents.offline import OfflineDreamer
 from experiments.build import device_of, make_level
 from experiments.config import Config, ConfigError
 from experiments.config.dreamer4 import (
     PHASES,
     Dreamer4Config,
+    PhaseConfig,
+    Stage,
     TrunkConfig,
     levels_of_phase,
-    load_dreamer4,
 )
-from experiments.data.clips import Arrays, Clips, Spec
+from experiments.counterfactual import counterfactual
+from experiments.data.clips import Clips, Spec, record_episodes
+from experiments.data.lessons import Lessons
 from experiments.envs import make_envs
-from experiments.policies import of_offline, play, uniform
+from experiments.envs.rows import Envs
+from experiments.policies import Policy, noisy, of_offline, play, uniform
 from experiments.record import CheckpointError, Checkpoints, Run, RunError
 from experiments.record.run import ENDS, State
 from timescales import Timescales
 from worldmodel import ShortcutDynamics, Tokenizer, Trunk
 from worldmodel.scale import weighted
-from worldmodel.shortcut import Clip
 
-BLOCK = 64  # frames that are encoded at once
-Parts = Sequence[tuple[Clips, int]]  # rows from each
+EVALUATE, ACT, MEASURE = 1, 3, 4  # whose random numbers: a stream for each
+SPEC = "data.json"  # what the run's data are, so that it can act without them
 
 
 def build_offline(config: Dreamer4Config, spec: Spec) -> OfflineDreamer:
@@ -77,20 +81,19 @@ class Work:
         self.device = device_of(Config(device=config.device))
         if config.threads:
             torch.set_num_threads(config.threads)
-        clips = Clips.open(config.data.path)
-        self.agent = build_offline(config, clips.spec)
-        self.clips = clips
-        self._share(clips)
+        self.spec = Clips.open(config.data.path).spec
+        self.agent = build_offline(config, self.spec)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.rng = np.random.default_rng([config.seed, 2])
         self.phase, self.update, self.total = 0, 0, 0
         self.timescales: Timescales | None = None
-        self.held_levels: dict[str, Any] | None = None  # their state, until the phase goes on
+        self.held_levels: dict[str, Any] | None = None  # their state, until the stage goes on
         self.prior: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
         self.gathered = 0
         self._clock, self._clocked = time.perf_counter(), 0
         self.run = open_run()
+        self.lessons = Lessons(config, self.run.path, self.rng, self.device)
         self.checkpoints = Checkpoints(self.run.checkpoints, config.checkpoint.keep)
 
     @classmethod
@@ -99,6 +102,7 @@ class Work:
         work = cls(config, lambda: Run.create(config, Path(config.tracking.root)))
         work.run.start()
         try:
+            work.run.write(SPEC, work.spec.tree())
             work.evaluate("random")
             work.save()
         except BaseException:
@@ -108,7 +112,7 @@ class Work:
 
     @classmethod
     def resume(cls, config: Dreamer4Config, path: Path) -> Self:
-        """A run as its last whole checkpoint left it."""
+        """A run as its last whole checkpoint left it; from here on it is of this configuration."""
         work = cls(config, lambda: Run.open(path))
         before = work.run.state
         work.run.start()
@@ -120,29 +124,37 @@ class Work:
         except (CheckpointError, RunError, KeyError, RuntimeError, ValueError) as error:
             work.run.finish(before if before in ENDS else "stopped")
             raise RunError(f"{path} cannot go on: {error}".replace("\n", " ")) from error
+        write_text(path / "config.yaml", config.dump())
+        work.run.write(SPEC, work.spec.tree())
         return work
 
-    # ---- phases --------------------------------------------------------------------------------
-    def enter(self, name: str) -> bool:
-        """Whether this phase is to be run; from the second on, frames are latents."""
-        if PHASES.index(name) < self.phase:
-            return False
-        if name != PHASES[0]:
-            self._share(self.latents())
-        return True
+    # ---- stages --------------------------------------------------------------------------------
+    @property
+    def stage(self) -> Stage:
+        """What is being run."""
+        return self.config.stages[self.phase]
 
-    def leave(self) -> None:
-        """The phase passed its gate."""
-        self.phase, self.update, self.timescales = self.phase + 1, 0, None
-        self.save()
+    @property
+    def settings(self) -> PhaseConfig:
+        """How it is configured."""
+        return self.config.settings(self.stage)
 
-    def updates(self, phase: Any, match: str) -> Iterator[Any]:
-        """The phase, once for each update that it still owes to the parameters that match."""
+    def stages(self) -> Iterator[Stage]:
+        """Every stage that is still to be run; asking for the next one is passing its gate."""
+        while self.phase < len(self.config.stages):
+            frozen = None if self.stage.name == PHASES[0] else self.agent.tokenizer
+            self.lessons.begin(self.stage.round, frozen)
+            yield self.stage
+            self.phase, self.update, self.timescales = self.phase + 1, 0, None
+            self.save()
+
+    def updates(self, phase: PhaseConfig, match: str) -> Iterator[None]:
+        """Once for each update that the stage still owes to the parameters that match."""
         named = [(n, p) for n, p in self.agent.named_parameters() if re.search(match, n)]
         names = [name for name, _ in named]
         levels = levels_of_phase(phase.timescales)
         made = [make_level(name, level, names) for name, level in levels.items()]
-        field = f"phases.{PHASES[self.phase]}.timescales"
+        field = f"phases.{self.stage.name}.timescales"
         try:
             self.timescales = Timescales(named, made, generator=self._levels_generator())
         except ValueError as error:
@@ -152,7 +164,7 @@ class Work:
             self.timescales.load_state_dict(self.held_levels)
             self.held_levels = None
         while self.update < phase.updates:
-            yield phase
+            yield
             self.update, self.total = self.update + 1, self.total + 1
             if self.update % self.config.log_every == 0 or self.update == phase.updates:
                 self.log()
@@ -170,7 +182,7 @@ class Work:
         assert self.timescales is not None, "learn within the loop over `updates`"
         weighted(losses, scales).backward()
         self.timescales.tick("update")
-        name = PHASES[self.phase]
+        name = self.stage.name
         found = {f"loss/{name}_{key}": loss.detach().mean() for key, loss in losses.items()}
         found |= {f"imagine/{key}": value for key, value in (metrics or {}).items()}
         self.sums = {key: self.sums.get(key, 0.0) + value for key, value in found.items()}
@@ -178,8 +190,7 @@ class Work:
 
     def gate(self, measure: str, found: float, passed: Callable[[float], bool]) -> None:
         """Report a measure; raises RunError where the phase's gate is not passed."""
-        name = PHASES[self.phase]
-        phase = getattr(self.config.phases, name)
+        name, phase = self.stage.name, self.settings
         self.run.log(self.total, {f"gate/{name}_{measure}": found})
         self.save()
         if phase.gate is not None and not passed(phase.gate):
@@ -189,70 +200,63 @@ class Work:
                 f"go on with: nested train --resume {self.run.path} {more}"
             )
 
+    # ---- in the environment --------------------------------------------------------------------
     def evaluate(self, name: str) -> float:
         """Report the mean return in the environment, actions sampled; "random" is uniform."""
-        config = self.config
-        seed = int(np.random.SeedSequence([config.seed, 1]).generate_state(1)[0])
-        envs = make_envs(config.env, seed=seed)
+        envs, seed = self._envs(EVALUATE)
         try:
-            self._fits(envs.obs_spec, envs.action_spec)
-            if name == "random":
-                policy = uniform(envs, np.random.default_rng(seed))
-            else:
-                generator = torch.Generator(self.device).manual_seed(seed)
-                policy = of_offline(self.agent, envs.num, config.data.image, generator)
-            found = float(np.mean(play(envs, policy, config.episodes)))
+            policy = uniform(envs, np.random.default_rng(seed)) if name == "random" else None
+            policy = policy or self._policy(envs, seed)
+            found = float(np.mean(play(envs, policy, self.config.episodes)))
         finally:
             envs.close()
-        self.run.log(self.total, {f"eval/{name}/return": found})
+        score = {f"eval/{name}/score": found / envs.cap} if envs.cap else {}
+        self.run.log(self.total, {f"eval/{name}/return": found} | score)
         return found
 
-    # ---- batches -------------------------------------------------------------------------------
-    def images(self, clips: Clips, batch: int, length: int) -> tuple[Tensor, Tensor]:
-        """uint8 images (B, T, H, W, C) and where episodes start (B, T)."""
-        arrays = clips.packed(batch, length, self.rng)
-        return self._tensor(arrays[f"obs.{self.config.data.image}"]), self._tensor(arrays["first"])
+    def act(self) -> None:
+        """Episodes of the policy as it is, written beside the recordings; a whole round is kept."""
+        online, folder = self.config.online, self.lessons.folder(self.stage.round)
+        if not online.episodes:
+            return
+        if not (folder / "index.json").exists():
+            envs, seed = self._envs(ACT, self.stage.round)
+            try:
+                rng = np.random.default_rng([seed, 1])
+                policy = noisy(self._policy(envs, seed), envs, online.noise, rng)
+                record_episodes(envs, policy, online.episodes, folder)
+            finally:
+                envs.close()
+        clips = Clips.open(folder)
+        returns = [float(clips.read(e, 0, e.length)["reward"].sum()) for e in clips.episodes]
+        found = {"frames": clips.frames, "episodes": len(returns), "return": np.mean(returns)}
+        self.run.log(self.total, {f"round/acted_{key}": value for key, value in found.items()})
 
-    def experience(self, parts: Parts, length: int) -> Experience:
-        """Rows of each part; the first part is for imitation, the last for the dynamics' loss."""
-        found = [clips.packed(count, length, self.rng) for clips, count in parts]
-        columns: Arrays = {k: np.concatenate([x[k] for x in found]) for k in found[0]}
-        keys = ("latents", "action", "reward", "first", "terminal")
-        latents, action, reward, first, terminal = (self._tensor(columns[key]) for key in keys)
-        row = torch.arange(len(first), device=self.device)
-        imitate, predict = row < parts[0][1], row >= len(first) - parts[-1][1]
-        known, task = torch.ones_like(first), torch.zeros_like(first, dtype=torch.int64)
-        clip = Clip(latents.float(), action.float(), first, known, task)
-        return Experience(clip, reward.float(), terminal, imitate, predict)
+    def measure(self, real: float) -> None:
+        """Report what imagination promised beside what reality gave, at the end of a round."""
+        seed = self._seed(MEASURE)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        found = counterfactual(self.config, self.agent, real, seed, generator)
+        named = {f"round/{key}": value for key, value in found.items()}
+        self.run.log(self.total, {"round/number": self.stage.round} | named)
 
-    def latents(self) -> Clips:
-        """The data with a column of latents, encoded once and kept in the run's folder."""
-        model, context = self.agent.tokenizer, self.agent.tokenizer.encoder.initial(1)
-        image = f"obs.{self.config.data.image}"
-
-        @torch.no_grad()
-        def encode(columns: Arrays, begins: bool) -> np.ndarray:
-            nonlocal context
-            context = model.encoder.initial(1) if begins else context
-            images, first = (self._tensor(columns[k])[None] for k in (image, "first"))
-            z, context = model.encode_next(images, context, first)
-            return z[0].half().cpu().numpy()
-
-        return self.clips.translate(self.run.path / "latents", "latents", BLOCK, encode)
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(array)).to(self.device)
-
-    def _share(self, clips: Clips) -> None:
-        """What is learned from, what is held out, and what is worth imitating."""
-        self.data, self.held = clips.split(self.config.data.held)
-        self.best = self.data.best(self.config.data.best)
-
-    def _fits(self, obs: Mapping[str, Any], action: Any) -> None:
-        name, spec = self.config.data.image, self.clips.spec
-        if obs.get(name) != spec.obs[name] or action != spec.action:
-            way_out = f"set env so that it has {name}: {spec.obs[name]} and {spec.action}"
+    def _envs(self, *stream: int) -> tuple[Envs, int]:
+        """Environments of their own, and their seed."""
+        seed = self._seed(*stream)
+        envs = make_envs(self.config.env, seed=seed)
+        name = self.config.data.image
+        if envs.obs_spec.get(name) != self.spec.obs[name] or envs.action_spec != self.spec.action:
+            envs.close()
+            way_out = f"set env so that it has {name}: {self.spec.obs[name]} and {self.spec.action}"
             raise ConfigError("env.id", self.config.env.id, "does not fit the data", way_out)
+        return envs, seed
+
+    def _policy(self, envs: Envs, seed: int) -> Policy:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return of_offline(self.agent, envs.num, self.config.data.image, generator)
+
+    def _seed(self, *stream: int) -> int:
+        return int(np.random.SeedSequence([self.config.seed, *stream]).generate_state(1)[0])
 
     def _levels_generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.config.seed + self.phase)
@@ -314,12 +318,8 @@ class Work:
             self._uploader.finish()
 
 
-def load_offline(path: Path) -> tuple[Dreamer4Config, OfflineDreamer, torch.device]:
-    """The configuration and the agent of a run, as its last checkpoint left it."""
-    config = load_dreamer4(path)
-    loaded = Checkpoints(Run.open(path).checkpoints).load()
-    if loaded is None:
-        raise RunError(f"{path} holds no checkpoint yet; train it first")
-    agent = build_offline(config, Clips.open(config.data.path).spec)
-    agent.load_state_dict(loaded.state["agent"])
-    return config, agent, next(agent.parameters()).device
+def write_text(path: Path, text: str) -> None:
+    """A file as it was or as it shall be, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

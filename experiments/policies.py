@@ -22,6 +22,16 @@ def uniform(envs: Envs, rng: np.random.Generator) -> Policy:
     return lambda row: envs.random_action(rng)
 
 
+def noisy(policy: Policy, envs: Envs, share: float, rng: np.random.Generator) -> Policy:
+    """The policy, with this share of its actions drawn uniformly instead."""
+
+    def act(row: Row) -> np.ndarray:
+        drawn = rng.random((envs.num, 1)) < share
+        return np.where(drawn, envs.random_action(rng), policy(row))
+
+    return act
+
+
 def of_offline(agent: OfflineDreamer, num: int, image: str, generator: torch.Generator) -> Policy:
     """An offline agent that sees `image`, with its actions sampled."""
     scene = agent.initial(num)

@@ -6,7 +6,7 @@ field here. `load_dreamer4` reads a file, a run's folder or a preset, with `a.b.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -21,6 +21,7 @@ from .tree import put
 
 METHOD = "dreamer4"
 PHASES = ("tokenizer", "dynamics", "finetune", "imagine")
+ROUND = ("act", "finetune", "imagine")  # what each round online goes through again
 
 
 class TrunkConfig(Frozen):
@@ -72,7 +73,7 @@ class AgentConfig(Frozen):
     beta: float = Field(default=0.3, ge=0, description="weight of staying near the prior")
 
 
-class _Phase(Frozen):
+class PhaseConfig(Frozen):
     updates: int = Field(default=2000, ge=0, description="updates of the phase")
     batch: Count = Field(default=16, description="rows of a batch")
     length: Count = Field(default=16, description="frames of a row")
@@ -80,18 +81,18 @@ class _Phase(Frozen):
     timescales: TimescalesConfig = Plain(rule=LaProp(lr=3e-4, warmup=200))
 
 
-class TokenizerPhase(_Phase):
+class TokenizerPhase(PhaseConfig):
     """Gate: PSNR of frames held out, in dB, at least."""
 
 
-class DynamicsPhase(_Phase):
+class DynamicsPhase(PhaseConfig):
     """Gate: error of the next frame over that of repeating the last one, at most."""
 
     long: Count = Field(default=32, description="frames of a long row")
     every: Count = Field(default=4, description="each so-many-th batch has long rows")
 
 
-class FinetunePhase(_Phase):
+class FinetunePhase(PhaseConfig):
     """Gate: surprise about actions held out over that of uniform ones, at most."""
 
     imitate: float = Field(
@@ -99,7 +100,7 @@ class FinetunePhase(_Phase):
     )
 
 
-class ImaginePhase(_Phase):
+class ImaginePhase(PhaseConfig):
     """Gate: mean return of the policy in the environment, at least."""
 
     critic: int = Field(
@@ -112,6 +113,36 @@ class PhasesConfig(Frozen):
     dynamics: DynamicsPhase = DynamicsPhase()
     finetune: FinetunePhase = FinetunePhase()
     imagine: ImaginePhase = ImaginePhase()
+
+
+class OnlineConfig(Frozen):
+    """Offline, then online: what each round adds. A round without episodes only learns on."""
+
+    rounds: int = Field(default=0, ge=0, description="rounds after the phases; 0 stays offline")
+    episodes: int = Field(default=32, ge=0, description="real episodes that a round adds")
+    noise: Rate = Field(default=0.0, description="share of random actions in them; 1 is random")
+    share: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="share of rows drawn from real episodes, recordings aside",
+    )
+    finetune: int = Field(default=500, ge=0, description="updates of finetuning in a round")
+    imagine: int = Field(default=300, ge=0, description="updates in imagination in a round")
+
+
+class CounterfactualConfig(Frozen):
+    """How imagination is held against reality at the end of each round."""
+
+    contexts: Count = Field(default=32, description="real moments of each kind to decide in")
+    frames: Count = Field(default=40, description="longest imagined episode")
+
+
+class Stage(NamedTuple):
+    """A phase of a round; round 0 is offline."""
+
+    round: int
+    name: str
 
 
 class Dreamer4Config(Frozen):
@@ -132,6 +163,8 @@ class Dreamer4Config(Frozen):
     dynamics: DynamicsConfig = DynamicsConfig()
     agent: AgentConfig = AgentConfig()
     phases: PhasesConfig = PhasesConfig()
+    online: OnlineConfig = OnlineConfig()
+    counterfactual: CounterfactualConfig = CounterfactualConfig()
     episodes: Count = Field(default=32, description="episodes of an evaluation")
     log_every: Count = Field(default=100, description="updates between lines of metrics")
     checkpoint: CheckpointConfig = CheckpointConfig(every=500)
@@ -139,8 +172,22 @@ class Dreamer4Config(Frozen):
 
     @property
     def frames(self) -> int:
-        """Updates of all phases: the length of the run."""
-        return sum(phase.updates for _, phase in self.phases)
+        """Updates of all stages: the length of the run."""
+        return sum(self.settings(stage).updates for stage in self.stages if stage.name in PHASES)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The four phases, then those of each round online."""
+        rounds = range(1, self.online.rounds + 1)
+        offline = [Stage(0, name) for name in PHASES]
+        return (*offline, *(Stage(i, name) for i in rounds for name in ROUND))
+
+    def settings(self, stage: Stage) -> PhaseConfig:
+        """The phase as this stage runs it: in rounds with their updates, and without a gate."""
+        phase: PhaseConfig = getattr(self.phases, stage.name)
+        if not stage.round:
+            return phase
+        return phase.model_copy(update={"updates": vars(self.online)[stage.name], "gate": None})
 
     def tree(self) -> dict[str, Any]:
         """Nested dictionaries of plain values, under the names used in YAML."""

@@ -134,6 +134,21 @@ class Clips:
         columns = [one | {name: x} for one, x in zip(self.columns, more, strict=True)]
         return type(self)(self.spec, self.episodes, columns)
 
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """The episodes of several data sets of the same columns, one set after another."""
+        specs = [part.spec for part in parts]
+        if any(spec != specs[0] for spec in specs):
+            raise ConfigError(
+                "data", len(parts), "data sets of different rows", "record them again"
+            )
+        columns, episodes = [], []
+        for part in parts:
+            shift = len(columns)
+            episodes += [e._replace(shard=e.shard + shift) for e in part.episodes]
+            columns += part.columns
+        return cls(specs[0], episodes, columns)
+
     def split(self, every: int = 10) -> tuple[Self, Self]:
         """All episodes but each so-many-th, and those; where there are few, the last is in both."""
         held = self.episodes[every - 1 :: every] or self.episodes[-1:]
@@ -242,18 +257,44 @@ def load_shard(path: Path, number: int) -> Arrays:
 
 def record(envs: Envs, policy: Policy, frames: int, path: Path | str) -> Path:
     """Act with `policy` until whole episodes of at least `frames` rows are written."""
-    open_rows: list[list[Arrays]] = [[] for _ in range(envs.num)]
-    row, done = envs.reset(), 0
+    done = 0
     with Writer(Path(path), Spec(envs.obs_spec, envs.action_spec)) as writer:
-        while done < frames:
-            for slot, rows in enumerate(open_rows):
-                rows.append(columns_of(row, slot))
-                if row.last[slot]:
-                    writer.add({k: np.stack([r[k] for r in rows]) for k in rows[0]})
-                    done += len(rows)
-                    rows.clear()
-            row = envs.step(policy(row))
+        for ended in acted(envs, policy):
+            for _, episode in ended:
+                writer.add(episode)
+                done += len(episode["first"])
+            if done >= frames:
+                break
     return Path(path)
+
+
+def record_episodes(envs: Envs, policy: Policy, episodes: int, path: Path | str) -> Path:
+    """Write the first episodes of every slot, of each the same number: short ones weigh no more."""
+    left = np.full(envs.num, -(-episodes // envs.num))
+    with Writer(Path(path), Spec(envs.obs_spec, envs.action_spec)) as writer:
+        for ended in acted(envs, policy):
+            for slot, episode in ended:
+                if left[slot]:
+                    writer.add(episode)
+                    left[slot] -= 1
+            if not left.any():
+                break
+    return Path(path)
+
+
+def acted(envs: Envs, policy: Policy) -> Iterator[list[tuple[int, Arrays]]]:
+    """Act for ever; after each step the slots whose episodes ended, with their columns."""
+    open_rows: list[list[Arrays]] = [[] for _ in range(envs.num)]
+    row = envs.reset()
+    while True:
+        ended: list[tuple[int, Arrays]] = []
+        for slot, rows in enumerate(open_rows):
+            rows.append(columns_of(row, slot))
+            if row.last[slot]:
+                ended.append((slot, {k: np.stack([r[k] for r in rows]) for k in rows[0]}))
+                rows.clear()
+        yield ended
+        row = envs.step(policy(row))
 
 
 def columns_of(row: Row, slot: int) -> Arrays:

@@ -49,7 +49,7 @@ def _of_run(path: Path, seed: int) -> tuple[Envs, Policy]:
     """A run's environment and its policy, as it acted while it learned."""
     from experiments.config.dreamer4 import is_dreamer4
     from experiments.evaluate import load_run
-    from experiments.offline_loop import load_offline
+    from experiments.evaluate_offline import load_offline
 
     if is_dreamer4(path):
         offline, actor, device = load_offline(path)

@@ -30,7 +30,8 @@ TINY = [
         for phase in ("tokenizer", "dynamics", "finetune", "imagine")
         for field in ("updates=3", "batch=2", "length=4", "gate=null")
     ),
-    *("phases.dynamics.long=6", "phases.imagine.critic=1"),
+    *("phases.dynamics.long=6", "phases.imagine.critic=1", "counterfactual.frames=3"),
+    "counterfactual.contexts=2",
 ]
 
 
@@ -53,6 +54,7 @@ def test_all_phases_end_to_end(room: Path):
     assert {"gate/tokenizer_psnr", "gate/dynamics_next_frame", "gate/finetune_surprise"} <= names
     assert {f"eval/{x}/return" for x in ("random", "imitation", "imagination")} <= names
     assert {"loss/tokenizer_mse", "loss/finetune_policy", "loss/imagine_value"} <= names
+    assert "round/gap" in names and "round/hallucination" not in names  # a room without recipes
     assert len({name.split("/")[0] for name in names}) <= 8
     assert rows[-1].step == 12
     assert json.loads((path / "run.json").read_text())["state"] == "finished"

@@ -1,0 +1,95 @@
+"""What an offline run learns from: recordings, episodes held out of them, and episodes acted since.
+
+Frames are images until the tokenizer is frozen, then latents: those are files in the run's folder,
+written once. Each round's episodes are a data set of their own there, so nothing recorded changes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.offline import Experience
+from experiments.config.dreamer4 import Dreamer4Config
+from experiments.data.clips import Arrays, Clips
+from worldmodel import Tokenizer
+from worldmodel.shortcut import Clip
+
+BLOCK = 64  # frames that are encoded at once
+Parts = Sequence[tuple[Clips, int]]  # rows from each
+
+
+class Lessons:
+    """The data of a run in `path`, as tensors on the device; draws rows from `rng`."""
+
+    def __init__(
+        self, config: Dreamer4Config, path: Path, rng: np.random.Generator, device: torch.device
+    ):
+        self.config, self.path, self.rng, self.device = config, path, rng, device
+        self.recorded = Clips.open(config.data.path)
+        self._share(self.recorded)
+        self.acted: Clips | None = None
+
+    def begin(self, round: int, tokenizer: Tokenizer | None) -> None:
+        """Share out the recordings and the rounds up to this one; frozen, frames are latents."""
+        if tokenizer is None:
+            return
+        self._share(self._encoded(self.recorded, self.path / "latents", tokenizer))
+        paths = [path for path in map(self.folder, range(1, round + 1)) if path.exists()]
+        found = [self._encoded(Clips.open(p), p / "latents", tokenizer) for p in paths]
+        self.acted = Clips.join(found) if found else None
+
+    def folder(self, round: int) -> Path:
+        """Where the episodes of a round are."""
+        return self.path / "acted" / f"{round:03d}"
+
+    def images(self, clips: Clips, batch: int, length: int) -> tuple[Tensor, Tensor]:
+        """uint8 images (B, T, H, W, C) and where episodes start (B, T)."""
+        arrays = clips.packed(batch, length, self.rng)
+        return self.tensor(arrays[f"obs.{self.config.data.image}"]), self.tensor(arrays["first"])
+
+    def experience(self, parts: Parts, length: int) -> Experience:
+        """Rows of each part; of several the first is for imitation, the others for the dynamics."""
+        parts = [(clips, count) for clips, count in parts if count]
+        found = [clips.packed(count, length, self.rng) for clips, count in parts]
+        columns: Arrays = {k: np.concatenate([x[k] for x in found]) for k in found[0]}
+        keys = ("latents", "action", "reward", "first", "terminal")
+        latents, action, reward, first, terminal = (self.tensor(columns[key]) for key in keys)
+        row = torch.arange(len(first), device=self.device)
+        imitate = row < parts[0][1]
+        predict = ~imitate if len(parts) > 1 else imitate
+        known, task = torch.ones_like(first), torch.zeros_like(first, dtype=torch.int64)
+        clip = Clip(latents.float(), action.float(), first, known, task)
+        return Experience(clip, reward.float(), terminal, imitate, predict)
+
+    def mixed(self, batch: int) -> Parts:
+        """Rows of the recordings and, once there are rounds, of the episodes acted in them."""
+        if self.acted is None:
+            return [(self.data, batch)]
+        rows = min(max(1, round(self.config.online.share * batch)), batch - 1)
+        return [(self.data, batch - rows), (self.acted, rows)]
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """A copy on the device."""
+        return torch.from_numpy(np.array(array)).to(self.device)
+
+    def _share(self, clips: Clips) -> None:
+        """What is learned from, what is held out, and what is worth imitating."""
+        self.data, self.held = clips.split(self.config.data.held)
+        self.best = self.data.best(self.config.data.best)
+
+    def _encoded(self, clips: Clips, path: Path, tokenizer: Tokenizer) -> Clips:
+        """The episodes with a column of latents, encoded where that was not done before."""
+        context, image = tokenizer.encoder.initial(1), f"obs.{self.config.data.image}"
+
+        @torch.no_grad()
+        def encode(columns: Arrays, begins: bool) -> np.ndarray:
+            nonlocal context
+            context = tokenizer.encoder.initial(1) if begins else context
+            images, first = (self.tensor(columns[k])[None] for k in (image, "first"))
+            z, context = tokenizer.encode_next(images, context, first)
+            return z[0].half().cpu().numpy()
+
+        return clips.translate(path, "latents", BLOCK, encode)
