@@ -108,11 +108,13 @@ def verdict(found: Mapping[str, Any]) -> str:
     forgets = [name for name, own in judged.items() if beats(pairs, own, "F", -1)]
     keeps = [name for name in forgets if not beats(pairs, judged[name], "ALA", -1, any)]
     learns = [name for name, own in judged.items() if beats(pairs, own, "again/auc", 1)]
+    ends = [name for name, own in judged.items() if beats(pairs, own, "AP_final", 1)]
     back = f" More area when the context comes back: {listed(learns)}."
     return (
         f"Of {listed(list(judged))}, forget less than both controls (rates of the same groups, "
         f"accumulation) with an interval that leaves out zero: {listed(forgets)}; of these with "
-        f"no loss of learning accuracy: {listed(keeps)}.{back if has_back(pairs) else ''}"
+        f"no loss of learning accuracy: {listed(keeps)}. Higher in the end (AP_final): "
+        f"{listed(ends)}.{back if has_back(pairs) else ''}"
     )
 
 

@@ -54,11 +54,11 @@ def test_a_partial_page_says_what_is_missing():
 @pytest.mark.parametrize(
     ("k3", "expected"),
     [
-        (result(0.1), "zero: `k3`; of these with no loss of learning accuracy: `k3`. More area "
-                      "when the context comes back: `k3`."),
-        (result(0.1, -0.1), "zero: `k3`; of these with no loss of learning accuracy: none. More"),
-        (result(0.3), "zero: none; of these with no loss of learning accuracy: none. More area "
-                      "when the context comes back: none."),
+        (result(0.1), "zero: `k3`; of these with no loss of learning accuracy: `k3`. Higher "
+                      "in the end (AP_final): `k3`. More area when the context comes back: `k3`."),
+        (result(0.1, -0.1), "zero: `k3`; of these with no loss of learning accuracy: none. Higher"),
+        (result(0.3), "zero: none; of these with no loss of learning accuracy: none. Higher "
+                      "in the end (AP_final): none. More area when the context comes back: none."),
     ],
 )  # fmt: skip
 def test_the_verdict_needs_both_controls(k3: Result, expected: str):
