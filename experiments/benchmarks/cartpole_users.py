@@ -24,7 +24,7 @@ from experiments.benchmarks.users_told import Found, summary
 from experiments.config import Config, load_config
 from experiments.together import train_together
 
-FRAMES = 24_576
+FRAMES = 20_480
 MARKS = (0, 1, 3, 10, 30, 100, 300)  # interactions of a user
 RULE = ("timescales.kind=plain", "timescales.rule.kind=laprop", "timescales.rule.lr=2.5e-4",
         "timescales.rule.warmup=100")  # fmt: skip

@@ -52,6 +52,7 @@ def adaptation(axes: "Axes", fast: Sequence[Arrays], plain: Sequence[Arrays], si
     if plain:
         level(axes, float(np.mean([one["zero"][-1].mean() for one in plain])), "memoryless", GREEN)
     axes.set_xscale("symlog", linthresh=1)
+    axes.set_xticks(x, [str(n) for n in size.marks])
     axes.set_xlabel("interactions of a held-out user; nothing is written after them")
     finish(axes, "adaptation", "score of an episode")
 
