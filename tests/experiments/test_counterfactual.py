@@ -1,0 +1,111 @@
+"""Imagination held against reality: moments, rates of hand-made models, returns, the suite."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.benchmarks import counterfactual as suite
+from experiments.config import ConfigError
+from experiments.config.models import EnvConfig
+from experiments.counterfactual import AWAY, KINDS, RIGHT, Moments, expected_return, moments, rates
+from experiments.envs.recipes import AGENT, COLOURS, CRAFT, POCKET
+from experiments.record.metrics import read
+
+CONFIG = EnvConfig(id="Recipes-v0")
+COUNT = 6
+
+
+@pytest.fixture(scope="module")
+def found() -> Moments:
+    return moments(CONFIG, COUNT, 8, seed=1)
+
+
+def held(found: Moments) -> np.ndarray:
+    """What the last frame of each moment (N, 3) shows to be held."""
+    return (found.image[:, -1, -1, [8 * column for column in POCKET]] == COLOURS).all(-1)
+
+
+def test_moments_are_real_and_stand_before_their_decisions(found: Moments):
+    assert found.kind.tolist() == [kind for kind in KINDS for _ in range(COUNT)]
+    bundles = [bundles[i % len(bundles)] for bundles in KINDS.values() for i in range(COUNT)]
+    shown = [frozenset(np.flatnonzero(row).tolist()) for row in held(found)]
+    assert shown == bundles
+    assert (found.reward == (found.kind == RIGHT)).all()
+    assert (found.decision.argmax(1) == CRAFT).all()
+    crafted = found.action[..., CRAFT].any(1)
+    assert not crafted.any()  # before the decision nobody crafts
+
+
+def test_the_past_is_whole_and_what_is_before_it_is_first(found: Moments):
+    starts = found.first.sum(1)
+    for n, count in enumerate(starts):
+        assert found.first[n, :count].all()
+        assert (found.image[n, :count] == found.image[n, 0]).all()
+    moved = found.action[:, 1:].any(-1)
+    assert np.array_equal(moved, ~found.first[:, 1:])
+    agents = (found.image == AGENT).all(-1).sum((-2, -1))
+    assert (agents == 16).all()
+    again = moments(CONFIG, COUNT, 8, seed=1)
+    assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_rates_of_models_with_known_answers(found: Moments):
+    def optimist(seen: Moments) -> np.ndarray:
+        return np.ones(len(seen.kind))
+
+    def true(seen: Moments) -> np.ndarray:
+        return seen.reward * 0.9
+
+    def counts(seen: Moments) -> np.ndarray:
+        """Believes in any two things, wherever it stands."""
+        return (held(seen).sum(1) == 2) * 0.6
+
+    expected = {"hallucination": 1.0, "recognised": 1.0, f"hallucination_{AWAY}": 1.0}
+    assert rates(found, optimist).items() >= expected.items()
+    assert rates(found, true).items() >= {"hallucination": 0.0, "recognised": 1.0}.items()
+    parts = {"hallucination_single": 0.0, "hallucination_pair": 1.0, f"hallucination_{AWAY}": 1.0}
+    assert rates(found, counts).items() >= {**parts, "hallucination": 0.5}.items()
+    assert rates(found, lambda seen: 0.49 * np.ones(len(seen.kind)))["recognised"] == 0.0
+
+
+def test_an_imagined_return_ends_where_the_episode_may_end():
+    reward = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0], [1.0, 2.0, 4.0]])
+    live = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [0.5, 0.5, 1.0]])
+    assert expected_return(reward, live).tolist() == [7.0, 1.0, 1 + 1 + 1]
+
+
+# ---- the suite ---------------------------------------------------------------------------------
+def test_the_suite_runs_and_goes_on(capsys: pytest.CaptureFixture[str], monkeypatch):
+    words = ["--tier", "smoke", "--seeds", "1", "--arms", "own,none", "--root", "cf"]
+    assert suite.main(words) == 0
+    assert "hallucination: wrong recipes" in capsys.readouterr().out
+    assert Path("cf/counterfactual.png").read_bytes().startswith(b"\x89PNG")
+    spools = [Path(f"cf/{arm}/s0/metrics.jsonl") for arm in ("own", "none")]
+    own, none = ([row.metrics for row in read(path)] for path in spools)
+    offline = next(i for i, row in enumerate(own) if row.get("round/number") == 0)
+    assert own[: offline + 1] == none[: offline + 1]  # arms are copies of one offline run
+    assert Path("cf/own/s0/acted/001/index.json").exists()
+    assert not Path("cf/none/s0/acted").exists()
+
+    monkeypatch.setattr("experiments.offline.learn", lambda *_: pytest.fail("it is finished"))
+    assert suite.main([*words, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["measures"]["gap"]["rounds"]["own"]) == 2
+    with pytest.raises(ConfigError, match="another configuration"):
+        suite.main([*words, "online.share=0.4"])
+
+
+def test_a_summary_pairs_seeds_and_names_what_changed():
+    own = {name: np.array([[0.9, 0.1], [0.8, 0.2]]) for name in suite.MEASURES}
+    none = {name: np.array([[0.9, 0.9], [0.8, 0.8]]) for name in suite.MEASURES}
+    rng = np.random.default_rng(0)
+    row = suite.summary({"own": own, "none": none}, rng)["hallucination"]
+    assert row["change"]["own"]["value"] == pytest.approx(-0.7)
+    assert row["change"]["none"]["value"] == 0.0
+    gain = row["differences"]["own - none"]
+    assert (gain["low"], gain["value"], gain["high"]) == pytest.approx((-0.8, -0.7, -0.6))
+    with pytest.raises(ConfigError, match="no such arm"):
+        suite.arms_of("own,all")
