@@ -37,7 +37,7 @@ def page_of(
     seconds = sum(costed(result) for result in results.values())
     lines = [
         f"`{command}`; {len(results)} of {len(plan)} cells, {seconds / 60:.0f} core-minutes, "
-        f"commit {', '.join(commit[:12] for commit in commits)}.",
+        f"commit {', '.join(c[:12] + '+' * c.endswith('+') for c in commits)}.",
     ]
     for stream in dict.fromkeys(cell.stream for cell in plan):
         cells = [cell for cell in plan if cell.stream == stream]

@@ -21,7 +21,7 @@ def result(forgotten: float, learned: float = 0.0, core: float = 60.0) -> Result
     scores[:, 1:] += learned
     info = {
         "core_seconds": core, "core_us_per_interaction": 1234.0, "flops_per_interaction": 2.5e6,
-        "bytes_per_interaction": 1500.0, "commit": "0123456789abcdef",
+        "bytes_per_interaction": 1500.0, "commit": "0123456789abcdef+",
     }  # fmt: skip
     by_seed = {
         "again/auc": np.full(3, 0.5 - forgotten),
@@ -38,7 +38,7 @@ def block(**given: Result) -> str:
 
 def test_a_partial_page_says_what_is_missing():
     text = block(plain=result(0.5), k3=result(0.25))
-    assert "2 of 5 cells, 2 core-minutes, commit 0123456789ab." in text
+    assert "2 of 5 cells, 2 core-minutes, commit 0123456789ab+." in text
     assert "**Not run yet:** k3_rates, accumulate, k5." in text
     assert "3 seeds, 2 tasks, then `flipped` again." in text and "`frames=80`" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| `k3` ")]
