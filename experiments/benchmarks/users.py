@@ -1,11 +1,11 @@
-"""Does a population teach its users? `nested bench users`: adaptation and consolidation, exactly.
+"""Does a population teach its users? `nested bench users`: exactly, then with an agent.
 
-Users are weights of a linear map drawn from a Gaussian, or from a mixture whose clusters are not
-told. Slow weights and prior are estimated from training users; each fast learner then adapts to
-held-out users, and its gain over the frozen slow weights is given as a share of what Bayes' rule
-under the true prior gains. `swapped` is the control: another user's fast weights must not help.
-Rates are chosen on seeds that are not reported. Consolidation is measured against hierarchical
-ridge regression on all interactions.
+In the part `linear`, users are weights of a linear map drawn from a Gaussian, or from a mixture
+whose clusters are not told. Slow weights and prior are estimated from training users; the gain of
+each fast learner on held-out users is given as a share of what Bayes' rule under the true prior
+gains, with rates chosen on seeds that are not reported; consolidation is measured against
+hierarchical ridge regression. In the part `cartpole`, a Dreamer's users have CartPoles with hidden
+signs, gravities and lengths. The control of both: another user's fast weights must not help.
 """
 
 import argparse
@@ -355,8 +355,8 @@ def cartpole(tier: str, seeds: int | None, out: Path) -> Part:
     return result, users_told.table(result), out / "cartpole.png"
 
 
-PARTED = {"linear": linear, "cartpole": cartpole}
-PARTS = ("all", *PARTED)
+RUNS = {"linear": linear, "cartpole": cartpole}
+PARTS = ("all", *RUNS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -369,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tier", choices=TIERS, default="laptop", help="(default laptop)")
     parser.add_argument(
-        "--part", choices=PARTS, default="all", help="of linear users, of CartPoles (default all)"
+        "--part", choices=PARTS, default="all", help="one after the other (default all)"
     )
     parser.add_argument("--seeds", type=int, help="how many, instead of the tier's")
     parser.add_argument("--out", type=Path, default=Path("runs/users"), help="folder")
@@ -380,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     told: dict[str, Any] = {}
     for part in PARTS[1:] if asked.part == "all" else (asked.part,):
-        told[part], text, picture = PARTED[part](asked.tier, asked.seeds, asked.out)
+        told[part], text, picture = RUNS[part](asked.tier, asked.seeds, asked.out)
         if not asked.json:
             print(text, flush=True)
         print(f"curves  {picture}", file=sys.stderr if asked.json else sys.stdout, flush=True)

@@ -211,6 +211,27 @@ def test_users_from_end_to_end(
     ]
 
 
+def test_all_parts_run_one_after_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[tuple[str, str, int | None]] = []
+
+    def part(name: str, tier: str, seeds: int | None, out: Path) -> users.Part:
+        asked.append((name, tier, seeds))
+        return {"is": name}, f"table of {name}", out / f"{name}.png"
+
+    for name in users.RUNS:
+        monkeypatch.setitem(users.RUNS, name, partial(part, name))
+    assert users.main(["--out", str(tmp_path), "--seeds", "3"]) == 0
+    assert asked == [("linear", "laptop", 3), ("cartpole", "laptop", 3)]
+    assert "table of linear" in capsys.readouterr().out
+    assert users.main(["--tier", "smoke", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {name: {"is": name} for name in ("linear", "cartpole")}
+    assert users.main(["--part", "cartpole", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"is": "cartpole"}
+
+
 def test_nothing_to_measure_is_a_mistake():
     with pytest.raises(ConfigError, match="nothing to measure"):
         users.main(["--seeds", "0"])
