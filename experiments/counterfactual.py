@@ -23,6 +23,7 @@ from experiments.envs.build import open_env
 from experiments.envs.rows import encode_choices
 from experiments.envs.slot import FIRST, LAST, REWARD, Slot
 from worldmodel.shortcut import Clip
+from worldmodel.transformer import Context
 
 NOISE = 0.3  # of the steps that lead to a moment
 # Kinds of decisions, and the bundles to be crafted; AWAY is a recipe's, but not at the bench.
@@ -143,7 +144,7 @@ def promised_by(agent: OfflineDreamer, generator: torch.Generator) -> Promise:
     def promise(found: Moments) -> np.ndarray:
         device = generator.device
         image, action, first, decision = (torch.from_numpy(x).to(device) for x in found[:4])
-        _, past = watch(agent, image, action, first, generator)
+        past = watch(agent, image, action, first, generator).past
         no = torch.zeros_like(first[:, :1])
         blank = torch.zeros(len(no), 1, *agent.dynamics.latents, device=device)
         task = torch.zeros_like(no, dtype=torch.int64)
@@ -155,15 +156,24 @@ def promised_by(agent: OfflineDreamer, generator: torch.Generator) -> Promise:
     return promise
 
 
+class Watched(NamedTuple):
+    """What a world model makes of frames that were really seen."""
+
+    latents: Tensor  # (B, T, L, Z)
+    feature: Tensor  # (B, T, F)
+    past: Context  # after them
+
+
 def watch(
     agent: OfflineDreamer, image: Tensor, action: Tensor, first: Tensor, generator: torch.Generator
-):
-    """Features (B, T, F) of frames that were really seen, and the context after them."""
+) -> Watched:
+    """image (B, T, H, W, C) uint8, action (B, T, A) that led into them, first (B, T)."""
     start = agent.tokenizer.encoder.initial(len(image))
     latents, _ = agent.tokenizer.encode_next(image, start, first)
     task = torch.zeros_like(first, dtype=torch.int64)
     clip = Clip(latents, action, first, torch.ones_like(first), task)
-    return agent.dynamics.observe(clip, agent.dynamics.initial(len(image)), generator)
+    before = agent.dynamics.initial(len(image))
+    return Watched(latents, *agent.dynamics.observe(clip, before, generator))
 
 
 # ---- exploitation ------------------------------------------------------------------------------
@@ -186,10 +196,10 @@ def imagined_return(
     envs.close()
     first = torch.ones(len(image), 1, dtype=torch.bool, device=generator.device)
     action = torch.zeros(len(image), 1, agent.actions.dim, device=generator.device)
-    feature, past = watch(agent, image, action, first, generator)
+    seen = watch(agent, image, action, first, generator)
     rollout, _ = agent.dynamics.imagine(
-        past,
-        feature[:, -1],
+        seen.past,
+        seen.feature[:, -1],
         lambda x: agent.actions.sample(agent.policy(x), generator),
         config.counterfactual.frames,
         torch.zeros(len(image), dtype=torch.int64, device=generator.device),

@@ -38,9 +38,9 @@ from experiments.record import CheckpointError, Checkpoints, Run, RunError
 from experiments.record.run import ENDS, State
 from timescales import Timescales
 from worldmodel import ShortcutDynamics, Tokenizer, Trunk
-from worldmodel.scale import weighted
+from worldmodel.scale import RunningRMS, weighted
 
-EVALUATE, ACT, MEASURE = 1, 3, 4  # whose random numbers: a stream for each
+EVALUATE, ACT, MEASURE, DRAW = 1, 3, 4, 5  # whose random numbers: a stream for each
 SPEC = "data.json"  # what the run's data are, so that it can act without them
 
 
@@ -267,6 +267,7 @@ class Work:
         metrics: dict[str, float] = {"train/phase": self.phase, "train/update": self.update}
         metrics |= {key: float(value) / self.gathered for key, value in self.sums.items()}
         now = time.perf_counter()
+        metrics |= self._sizes()
         speed = (self.total - self._clocked) / max(now - self._clock, 1e-9)
         self._clock, self._clocked = now, self.total
         self.run.log(self.total, metrics | {"time/updates_per_s": speed})
@@ -274,6 +275,28 @@ class Work:
         bad = [k for k, v in metrics.items() if k.startswith("loss/") and not np.isfinite(v)]
         if bad:
             raise FloatingPointError(f"{', '.join(bad)} is not finite at update {self.total}")
+
+    def _sizes(self) -> dict[str, float]:
+        """What losses are divided by: scaled ones stay about one, these tell how large they are."""
+        norms = {**self.agent.tokenizer.norms, "dynamics": self.agent.dynamics.norm}
+        norms |= self.agent.norms
+        name, found = self.stage.name, {}
+        for key, norm in norms.items():
+            if isinstance(norm, RunningRMS) and f"loss/{name}_{key}" in self.sums:
+                found[f"rms/{name}_{key}"] = float(norm.square.sqrt())
+        return found
+
+    def draw(self) -> None:
+        """The report, with an open-loop prediction once there are dynamics to imagine with."""
+        from experiments.predict_offline import FILE, predict_offline, save
+        from experiments.record.report import report  # pictures need matplotlib
+
+        image = self.config.data.image
+        if self.phase > PHASES.index("dynamics"):
+            generator = torch.Generator(self.device).manual_seed(self._seed(DRAW))
+            found = predict_offline(self.agent, self.lessons.held, image, generator)
+            save(found, image, self.run.path / FILE)
+        report(self.run.path)
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -314,8 +337,12 @@ class Work:
         ends: dict[type[BaseException] | None, State]
         ends = {None: "finished", KeyboardInterrupt: "stopped", RunError: "stopped"}
         self.run.finish(ends.get(kind, "failed"))
-        if self._uploader is not None:
-            self._uploader.finish()
+        try:
+            if self.config.tracking.pictures:
+                self.draw()
+        finally:
+            if self._uploader is not None:
+                self._uploader.finish()
 
 
 def write_text(path: Path, text: str) -> None:

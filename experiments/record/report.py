@@ -75,10 +75,13 @@ def report(path: Path) -> Path:
     """Write report.png into the run's folder and return its path. Raises RunError."""
     from matplotlib import rc_context
 
-    facts = gather(Path(path))
-    target = facts.run.path / "report.png"
+    from experiments.record import phases
+
+    offline = read_config(Path(path)).get("method") == "dreamer4"
+    target = Path(path) / "report.png"
     with rc_context(STYLE):
-        draw(facts).savefig(target, dpi=120, facecolor="white")
+        figure = phases.draw(phases.gather(Path(path))) if offline else draw(gather(Path(path)))
+        figure.savefig(target, dpi=120, facecolor="white")
     return target
 
 

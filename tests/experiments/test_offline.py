@@ -1,18 +1,25 @@
 """The offline pipeline: data, phases, gates, resume, the command line."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
+from agents.offline import Experience
+from experiments import cli
 from experiments.config import ConfigError
 from experiments.config.dreamer4 import Dreamer4Config, is_dreamer4, load_dreamer4
-from experiments.data.clips import record
+from experiments.data.clips import Clips, record
 from experiments.data.expert import expert_envs
+from experiments.data.lessons import Lessons, Parts
 from experiments.offline import learn
 from experiments.offline_loop import Work
 from experiments.policies import play
-from experiments.record import RunError
+from experiments.predict_offline import FILE, load
+from experiments.record import Run, RunError, phases
 from experiments.record.metrics import read
 
 LATER = ("dynamics", "finetune", "imagine")
@@ -20,7 +27,7 @@ TINY = [
     *("name=tiny", "env.num=2", "env.image_size=16", "env.workers=inprocess", "threads=1"),
     "env.time_limit=12",
     *("data.path=data", "data.held=3", "data.best=0.5", "episodes=2", "log_every=2"),
-    *("checkpoint.every=2", "tracking.mlflow=false"),
+    *("checkpoint.every=2", "tracking.mlflow=false", "tracking.pictures=false"),
     *("tokenizer.latents=2", "tokenizer.channels=4", "tokenizer.trunk.width=16"),
     *("dynamics.spatial=2", "dynamics.registers=1", "dynamics.trunk.width=16"),
     *("dynamics.trunk.layers=2", "tokenizer.trunk.layers=2", "dynamics.k_max=4", "agent.steps=2"),
@@ -43,6 +50,20 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return record(envs, policy, 60, tmp_path_factory.mktemp("room") / "data")
 
 
+ROUNDS = [
+    *("online.rounds=2", "online.episodes=2", "online.finetune=3", "online.imagine=2"),
+    *("phases.finetune.batch=4", "phases.imagine.batch=4"),
+]
+
+
+def reported(path: Path) -> list[tuple[int, dict[str, float]]]:
+    """Everything that a run measured, its speed aside."""
+    rows = [(row.step, dict(row.metrics)) for row in read(path / "metrics.jsonl")]
+    for _, metrics in rows:
+        metrics.pop("time/updates_per_s", None)
+    return rows
+
+
 def configure(room: Path, *changes: str) -> Dreamer4Config:
     return load_dreamer4(None, [*TINY, f"data.path={room}", *changes])
 
@@ -61,11 +82,12 @@ def test_all_phases_end_to_end(room: Path):
     assert is_dreamer4(path)
 
 
-def test_a_run_killed_in_a_phase_goes_on_bit_for_bit(room: Path, monkeypatch: pytest.MonkeyPatch):
-    whole = learn(configure(room, "tracking.root=whole"))
-
+@pytest.mark.parametrize("at", [(2, 2), (5, 2)], ids=["in a phase", "in a round"])
+def test_a_run_killed_anywhere_goes_on_bit_for_bit(
+    room: Path, monkeypatch: pytest.MonkeyPatch, whole: Path, at: tuple[int, int]
+):
     def die(work: Work, *rest: object) -> None:
-        if (work.phase, work.update) == (2, 2):
+        if (work.phase, work.update) == at:
             raise KeyboardInterrupt
         learned(work, *rest)  # type: ignore[arg-type]
 
@@ -73,14 +95,112 @@ def test_a_run_killed_in_a_phase_goes_on_bit_for_bit(room: Path, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(Work, "learn", die)
         with pytest.raises(KeyboardInterrupt):
-            learn(configure(room, "tracking.root=cut"))
+            learn(configure(room, *ROUNDS, "tracking.root=cut"))
     (cut,) = Path("cut").iterdir()
     learn(load_dreamer4(cut), cut)
-    a, b = ([(r.step, r.metrics) for r in read(p / "metrics.jsonl")] for p in (whole, cut))
-    for rows in (a, b):
-        for _, metrics in rows:
-            metrics.pop("time/updates_per_s", None)
-    assert a == b
+    assert reported(whole) == reported(cut)
+
+
+@pytest.fixture(scope="module")
+def whole(room: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two rounds that nothing interrupted."""
+    return learn(configure(room, *ROUNDS, f"tracking.root={tmp_path_factory.mktemp('whole')}"))
+
+
+# ---- offline, then online ------------------------------------------------------------------------
+def test_rounds_act_and_are_measured(whole: Path):
+    rows = [metrics for _, metrics in reported(whole)]
+    assert [row["round/number"] for row in rows if "round/gap" in row] == [0, 1, 2]
+    for row in rows:
+        if "round/gap" in row:
+            assert row["round/gap"] == row["round/imagined_return"] - row["round/real_return"]
+    acted = [Clips.open(whole / "acted" / f"{i:03d}") for i in (1, 2)]
+    found = [row["round/acted_frames"] for row in rows if "round/acted_frames" in row]
+    assert found == [clips.frames for clips in acted]
+    assert [len(clips.episodes) for clips in acted] == [2, 2]
+    assert [row["eval/imitation/return"] for row in rows if "eval/imitation/return" in row]
+    assert read(whole / "metrics.jsonl")[-1].step == load_dreamer4(whole).frames == 12 + 2 * 5
+
+
+def test_what_was_acted_is_learned_from(room: Path, whole: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its rows teach the dynamics and never the policy; imagination starts from them too."""
+    drawn: list[tuple[str, list[int], list[bool], list[bool]]] = []
+    draw = Lessons.experience
+
+    def experience(lessons: Lessons, parts: Parts, length: int) -> Experience:
+        found = draw(lessons, parts, length)
+        sizes = [count for _, count in parts]
+        kind = "acted" if parts[-1][0] is lessons.acted else "recorded"
+        drawn.append((kind, sizes, found.imitate.tolist(), found.predict.tolist()))
+        return found
+
+    monkeypatch.setattr(Lessons, "experience", experience)
+    more = load_dreamer4(whole, ["online.rounds=3"])
+    shutil.copytree(whole, "more")
+    learn(more, Path("more"))
+    assert load_dreamer4(Path("more")).online.rounds == 3  # the next to go on finds it
+    no, yes = False, True
+    batch = ("acted", [2, 1, 1], [yes, yes, no, no], [no, no, yes, yes])
+    assert drawn[:3] == [batch] * 3
+    assert [row[:2] for row in drawn[-2:]] == [("acted", [2, 2])] * 2
+    gates = [row for row in drawn if row[0] == "recorded"]
+    assert [row[1] for row in gates] == [[64]]
+
+
+def test_a_round_without_episodes_learns_from_recordings_alone(room: Path):
+    path = learn(configure(room, *ROUNDS, "online.episodes=0", "online.rounds=1"))
+    rows = [metrics for _, metrics in reported(path)]
+    assert [row["round/number"] for row in rows if "round/gap" in row] == [0, 1]
+    assert not (path / "acted").exists()
+
+
+# ---- a run is a product --------------------------------------------------------------------------
+def test_a_run_is_evaluated_without_its_data(
+    room: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(whole, "runs/moved")
+    text = Path("runs/moved/config.yaml").read_text()
+    Path("runs/moved/config.yaml").write_text(text.replace(str(room), "gone"))
+    assert cli.main(["eval", "moved", "--episodes", "3"]) == 0
+    found = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    for name in ("random", "imitation", "imagination"):
+        assert {f"eval/{name}/{key}" for key in ("return", "error", "score")} <= found.keys()
+    assert cli.main(["eval", "moved", "--fast", "off"]) == 2
+    assert "no fast memory" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "moved"]) == 2
+    assert "nested data record" in capsys.readouterr().err
+
+
+def test_a_run_without_a_policy_says_so(room: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(RunError):
+        learn(configure(room, "phases.tokenizer.gate=90"))
+    (path,) = Path("runs").iterdir()
+    assert cli.main(["eval", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "phase tokenizer" in error and f"nested train --resume {path}" in error
+
+
+def test_the_report_shows_phases_rounds_and_what_is_imagined(whole: Path):
+    shutil.copytree(whole, "run")
+    work = Work.resume(load_dreamer4(whole), Path("run"))
+    work.lessons.begin(2, None)
+    work.draw()
+    work.run.finish()
+    assert Path("run/report.png").read_bytes().startswith(b"\x89PNG")
+    found = load(Path("run") / FILE)
+    assert found.truth["image"].shape == found.model["image"].shape == (2, 16, 16, 16, 3)
+    figure = phases.draw(phases.gather(Path("run")))
+    titles = [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes]
+    assert titles[0].startswith("tokenizer: psnr") and "offline, then 2 rounds" in words(figure)
+    gap = figure.axes[6]
+    assert [np.size(line.get_xdata()) for line in gap.lines] == [3, 3]
+    empty = phases.draw(phases.Facts(Run.open(whole), {}, [], None))
+    assert words(empty).count("nothing recorded yet") == 9
+
+
+def words(figure: Figure) -> str:
+    texts = [*figure.texts, *(text for axes in figure.axes for text in axes.texts)]
+    return "\n".join(text.get_text() for text in texts)
 
 
 def test_a_gate_stops_the_run_and_more_updates_go_on(room: Path):
