@@ -22,6 +22,7 @@ from experiments.data.replay import Replay
 from experiments.driver import Driver, Step
 from experiments.envs import make_envs
 from experiments.evaluate import evaluations
+from experiments.process import settle
 from experiments.record import CheckpointError, Checkpoints, Loaded, Run, RunError
 from experiments.record.run import ENDS, State
 from experiments.visits import make_sessions
@@ -39,7 +40,7 @@ class Loop:
     def __init__(self, config: Config, open_run: Callable[[], Run]):
         self.config = config
         self.device = device_of(config)
-        torch.set_num_threads(threads(config))
+        settle(threads(config))
         seeds = np.random.SeedSequence(config.seed).generate_state(len(SEEDS))
         seed = {name: int(value) for name, value in zip(SEEDS, seeds, strict=True)}
         self.envs = make_envs(config.env, seed=seed["envs"])

@@ -108,4 +108,3 @@ def displaced(agent: Dreamer, state: Any, slow: dict[str, Tensor]) -> dict[str, 
     """What users' fast weights (U, ...) are, seen from the slow weights that they start from."""
     sound, _ = fast_state.heal(state, agent.initial(len(fast_state.leaves(state)[0])).fast)
     return {name: w - slow[name] for name, w in starts(sound).items()}
-

@@ -17,6 +17,7 @@ def check(config: Config) -> None:
     """Raise ConfigError for the first combination of fields that cannot run."""
     _frames(config)
     _replay(config)
+    _starts(config)
     _model(config)
     _scales(config)
     _users(config)
@@ -66,6 +67,20 @@ def _replay(config: Config) -> None:
             "replay.capacity", replay.capacity,
             f"holds no sequence of {replay.length} for each of {num} slots{where}",
             f"use at least {parts * num * replay.length}",
+        )  # fmt: skip
+
+
+def _starts(config: Config) -> None:
+    length = config.replay.length
+    if config.agent.starts == 1 or length == 1:
+        field, value = ("agent.starts", 1) if length > 1 else ("replay.length", 1)
+        raise ConfigError(
+            field, value, "leaves the critic no replayed step between two starts", "use at least 2"
+        )
+    if config.agent.starts > length:
+        raise ConfigError(
+            "agent.starts", config.agent.starts, f"a sequence has {length} rows",
+            f"use at most {length}, or 0 for all",
         )  # fmt: skip
 
 

@@ -397,3 +397,11 @@ def test_package_gives_functions_though_files_share_their_names():
     assert experiments.Config is Config
     with pytest.raises(AttributeError, match="nosuch"):
         _ = experiments.nosuch  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [("agent.starts=1", "agent.starts"), ("agent.starts=99", "agent.starts")],
+)
+def test_starts_that_a_sequence_does_not_have_are_refused(words, field):
+    assert mistake(words).field == field
