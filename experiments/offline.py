@@ -17,6 +17,7 @@ from torch import Tensor
 from agents.offline import following
 from experiments.config.dreamer4 import Dreamer4Config
 from experiments.offline_loop import Work
+from experiments.progress import Progress
 from worldmodel.shortcut import Clip
 from worldmodel.transformer import Context
 
@@ -27,8 +28,10 @@ def learn(config: Dreamer4Config, resume: Path | None = None) -> Path:
     Raises RunError where a gate is not passed: the run can be resumed with more updates.
     """
     work = Work.resume(config, resume) if resume else Work.start(config)
-    with work:
+    with Progress(work.run.path, config, "updates") as progress, work:
+        work.show = progress.show
         for stage in work.stages():
+            progress.tell("stage", f"round {stage.round}, {stage.name}")
             STAGES[stage.name](work)
     return work.run.path
 

@@ -32,6 +32,7 @@ from experiments.counterfactual import counterfactual
 from experiments.data.clips import Clips, Spec, record_episodes
 from experiments.data.lessons import Lessons
 from experiments.envs import make_envs
+from experiments.envs.known import check_env
 from experiments.envs.rows import Envs
 from experiments.policies import Policy, noisy, of_offline, play, uniform
 from experiments.record import CheckpointError, Checkpoints, Run, RunError
@@ -41,6 +42,7 @@ from worldmodel import ShortcutDynamics, Tokenizer, Trunk
 from worldmodel.scale import RunningRMS, weighted
 
 EVALUATE, ACT, MEASURE, DRAW = 1, 3, 4, 5  # whose random numbers: a stream for each
+Show = Callable[[int, Mapping[str, float]], None]  # hears of every line that is reported
 SPEC = "data.json"  # what the run's data are, so that it can act without them
 
 
@@ -78,6 +80,7 @@ class Work:
 
     def __init__(self, config: Dreamer4Config, open_run: Callable[[], Run]):
         self.config = config
+        check_env(Config(env=config.env))
         self.device = device_of(Config(device=config.device))
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -92,6 +95,7 @@ class Work:
         self.sums: dict[str, Tensor] = {}
         self.gathered = 0
         self._clock, self._clocked = time.perf_counter(), 0
+        self.show: Show = lambda update, metrics: None
         self.run = open_run()
         self.lessons = Lessons(config, self.run.path, self.rng, self.device)
         self.checkpoints = Checkpoints(self.run.checkpoints, config.checkpoint.keep)
@@ -191,7 +195,7 @@ class Work:
     def gate(self, measure: str, found: float, passed: Callable[[float], bool]) -> None:
         """Report a measure; raises RunError where the phase's gate is not passed."""
         name, phase = self.stage.name, self.settings
-        self.run.log(self.total, {f"gate/{name}_{measure}": found})
+        self._report({f"gate/{name}_{measure}": found})
         self.save()
         if phase.gate is not None and not passed(phase.gate):
             more = f"phases.{name}.updates={2 * max(1, phase.updates)}"
@@ -205,13 +209,13 @@ class Work:
         """Report the mean return in the environment, actions sampled; "random" is uniform."""
         envs, seed = self._envs(EVALUATE)
         try:
-            policy = uniform(envs, np.random.default_rng(seed)) if name == "random" else None
-            policy = policy or self._policy(envs, seed)
+            random = np.random.default_rng(seed)
+            policy = uniform(envs, random) if name == "random" else self._policy(envs, seed)
             found = float(np.mean(play(envs, policy, self.config.episodes)))
         finally:
             envs.close()
         score = {f"eval/{name}/score": found / envs.cap} if envs.cap else {}
-        self.run.log(self.total, {f"eval/{name}/return": found} | score)
+        self._report({f"eval/{name}/return": found} | score)
         return found
 
     def act(self) -> None:
@@ -230,7 +234,7 @@ class Work:
         clips = Clips.open(folder)
         returns = [float(clips.read(e, 0, e.length)["reward"].sum()) for e in clips.episodes]
         found = {"frames": clips.frames, "episodes": len(returns), "return": np.mean(returns)}
-        self.run.log(self.total, {f"round/acted_{key}": value for key, value in found.items()})
+        self._report({f"round/acted_{key}": float(value) for key, value in found.items()})
 
     def measure(self, real: float) -> None:
         """Report what imagination promised beside what reality gave, at the end of a round."""
@@ -238,7 +242,7 @@ class Work:
         generator = torch.Generator(self.device).manual_seed(seed)
         found = counterfactual(self.config, self.agent, real, seed, generator)
         named = {f"round/{key}": value for key, value in found.items()}
-        self.run.log(self.total, {"round/number": self.stage.round} | named)
+        self._report({"round/number": float(self.stage.round)} | named)
 
     def _envs(self, *stream: int) -> tuple[Envs, int]:
         """Environments of their own, and their seed."""
@@ -270,11 +274,15 @@ class Work:
         metrics |= self._sizes()
         speed = (self.total - self._clocked) / max(now - self._clock, 1e-9)
         self._clock, self._clocked = now, self.total
-        self.run.log(self.total, metrics | {"time/updates_per_s": speed})
+        self._report(metrics | {"time/updates_per_s": speed})
         self.sums, self.gathered = {}, 0
         bad = [k for k, v in metrics.items() if k.startswith("loss/") and not np.isfinite(v)]
         if bad:
             raise FloatingPointError(f"{', '.join(bad)} is not finite at update {self.total}")
+
+    def _report(self, metrics: Mapping[str, float]) -> None:
+        self.run.log(self.total, metrics)
+        self.show(self.total, metrics)
 
     def _sizes(self) -> dict[str, float]:
         """What losses are divided by: scaled ones stay about one, these tell how large they are."""

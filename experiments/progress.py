@@ -5,27 +5,32 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from experiments.config import Config
-
 PAUSE = 10.0  # seconds between plain lines
 
 
-class Progress:
-    """Shows frames done, the newest evaluation and the speed."""
+class Long(Protocol):
+    """What takes a while: a configuration that knows how much there is to do."""
 
-    def __init__(self, run: Path, config: Config):
+    @property
+    def frames(self) -> int: ...
+
+
+class Progress:
+    """Shows frames (or other units) done, the newest evaluation and the speed."""
+
+    def __init__(self, run: Path, config: Long, unit: str = "frames"):
         self._console = Console(stderr=True)
-        columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("frames  {task.fields[text]}"))
+        columns = (BarColumn(24), MofNCompleteColumn(), TextColumn(unit + "  {task.fields[text]}"))
         self._bar = Bar(*columns, TimeRemainingColumn(), console=self._console, transient=True)
         self._task = self._bar.add_task("train", total=config.frames, text="")
         self._live = self._console.is_terminal
-        self._total, self._shown = config.frames, 0.0
+        self._total, self._shown, self._unit = config.frames, 0.0, unit
         self._parts: dict[str, str] = {}
         print(f"run {run}", file=sys.stderr)
 
@@ -42,6 +47,10 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
+    def tell(self, name: str, text: str) -> None:
+        """Show this beside the numbers from now on, in the place of what `name` showed."""
+        self._parts[name] = text
+
     def show(self, frame: int, metrics: Mapping[str, float]) -> None:
         """Take in new metrics; a plain line at most every ten seconds."""
         for name, value in metrics.items():
@@ -54,7 +63,7 @@ class Progress:
             self._bar.update(self._task, completed=min(frame, self._total), text=text)
         elif time.monotonic() - self._shown > PAUSE:
             self._shown = time.monotonic()
-            print(f"{frame:>8}/{self._total} frames  {text}", file=sys.stderr, flush=True)
+            print(f"{frame:>8}/{self._total} {self._unit}  {text}", file=sys.stderr, flush=True)
 
 
 def brief(value: float) -> str:

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.config import ConfigError
+from experiments.config import Config, ConfigError
 from experiments.config.models import EnvConfig
 from experiments.data.clips import Arrays, Spec, Writer, record
 from experiments.data.expert import expert_envs
 from experiments.envs import make_envs
+from experiments.envs.known import check_env
 from experiments.envs.rows import Envs, encode_choices
 from experiments.envs.spaces import Actions, Observations
 from experiments.policies import Policy, of_dreamer, of_offline, uniform
@@ -29,6 +30,7 @@ def record_policy(
     path: Path, policy: str, env: EnvConfig, frames: int, noise: float = 0.3, seed: int = 0
 ) -> Path:
     """Episodes of `random`, of the scripted `expert`, or of a trained run's folder."""
+    check_env(Config(env=env))
     envs, act = _players(policy, env, noise, seed)
     try:
         return record(envs, act, frames, path)

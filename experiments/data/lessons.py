@@ -37,7 +37,8 @@ class Lessons:
         if tokenizer is None:
             return
         self._share(self._encoded(self.recorded, self.path / "latents", tokenizer))
-        paths = [path for path in map(self.folder, range(1, round + 1)) if path.exists()]
+        folders = map(self.folder, range(1, round + 1))
+        paths = [path for path in folders if (path / "index.json").exists()]
         found = [self._encoded(Clips.open(p), p / "latents", tokenizer) for p in paths]
         self.acted = Clips.join(found) if found else None
 

@@ -24,6 +24,8 @@ NATIVE: dict[str, dict[str, type]] = {
     "CartPoleShift-v0": {"oracle": bool},
     "UserPop-v0": {"oracle": bool, "epoch": int, "population": int, "differ": list},
 }
+# Options of our own environments behind gymnasium's interface, and the range of each.
+RANGES: dict[str, dict[str, tuple[int, int]]] = {"Recipes-v0": {"size": (3, 6)}}
 DIFFER = ("sign", "gravity", "length", "delay", "rotation", "wishes")  # traits of UserPop's users
 
 # What an id starts with: the package that is needed, and what installs it.
@@ -54,6 +56,8 @@ def check_env(config: Config) -> None:
     _contexts(name, "evaluate.contexts", config.evaluate.contexts)
     if name in NATIVE:
         _native(config)
+    if name in RANGES:
+        _within(config, RANGES[name])
 
 
 def _need(name: str, package: str, install: str) -> None:
@@ -131,3 +135,13 @@ def _native(config: Config) -> None:
                 f"env.kwargs.differ.{i}", trait, f"users of {env.id} have no such trait",
                 f"one of {', '.join(DIFFER)}",
             )  # fmt: skip
+
+
+def _within(config: Config, ranges: dict[str, tuple[int, int]]) -> None:
+    """Whole numbers within their ranges."""
+    listed = ", ".join(f"{name}: {low} to {high}" for name, (low, high) in ranges.items())
+    for key, value in config.env.kwargs.items():
+        low, high = ranges.get(key, (1, 0))
+        if type(value) is not int or not low <= value <= high:
+            problem = f"{config.env.id} does not take it"
+            raise ConfigError(f"env.kwargs.{key}", value, problem, f"it takes {listed}")
