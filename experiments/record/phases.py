@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PHASES = {
     "tokenizer": ("psnr", "dB"),
-    "dynamics": ("next_frame", "of repeating the last one"),
+    "dynamics": ("next_frame", "of standing still"),
     "finetune": ("surprise", "of uniform actions"),
     "imagine": ("return", ""),
 }
@@ -66,8 +66,8 @@ def draw(facts: Facts) -> "Figure":
 
     figure = Figure(figsize=(16, 14.5))
     grid = figure.add_gridspec(3, 1, height_ratios=(1, 1, 2.1))
-    grid.update(left=0.05, right=0.93, top=0.9, bottom=0.04, hspace=0.3)
-    losses = grid[0].subgridspec(1, len(PHASES), wspace=0.42)
+    grid.update(left=0.05, right=0.93, top=0.89, bottom=0.04, hspace=0.3)
+    losses = grid[0].subgridspec(1, len(PHASES), wspace=0.5)
     results = grid[1].subgridspec(1, 3, wspace=0.42)
     draw_title(figure, facts)
     for i, name in enumerate(PHASES):
@@ -123,7 +123,7 @@ def draw_losses(axes: "Axes", facts: Facts, phase: str) -> None:
         axes.plot(line.x, line.y, color=line.colour, linewidth=0.8, alpha=0.28)
         axes.plot(line.x, smooth(line.y), color=line.colour, linewidth=1.8, marker=".", ms=2.5)
     label_ends(axes, [line._replace(y=smooth(line.y)) for line in lines])
-    axes.set_title(f"{phase}{gate(facts, phase)}", fontsize=10)
+    axes.set_title(f"{phase}\n{gate(facts, phase)}", fontsize=9.5)
     axes.set_xlabel("update")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(axis="y")
@@ -138,7 +138,7 @@ def gate(facts: Facts, phase: str) -> str:
         return ""
     asked = ((facts.config.get("phases") or {}).get(phase) or {}).get("gate")
     text = " ".join(filter(None, (measure.replace("_", " "), f"{values[-1]:.3g}", unit)))
-    return f": {text}" + ("" if asked is None else f" (gate {asked:g})")
+    return text if asked is None else f"{text} (gate {asked:g})"
 
 
 def draw_returns(axes: "Axes", facts: Facts) -> None:

@@ -197,7 +197,7 @@ def test_the_report_shows_phases_rounds_and_what_is_imagined(whole: Path):
     assert found.truth["image"].shape == found.model["image"].shape == (3, 16, 16, 16, 3)
     figure = phases.draw(phases.gather(Path("run")))
     titles = [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes]
-    assert titles[0].startswith("tokenizer: psnr") and "offline, then 2 rounds" in words(figure)
+    assert titles[0].startswith("tokenizer\npsnr") and "offline, then 2 rounds" in words(figure)
     gap = figure.axes[6]
     assert [np.size(line.get_xdata()) for line in gap.lines] == [3, 3]
     empty = phases.draw(phases.Facts(Run.open(whole), {}, [], None))
