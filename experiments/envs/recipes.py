@@ -93,8 +93,8 @@ class RecipesEnv(gymnasium.Env):
         if self.crafted:
             cells[-1, SHELF] = TOOL
         image = cells.repeat(SIDE, 0).repeat(SIDE, 1)
-        x, y = ((v + 1) * SIDE + SIDE // 4 for v in self.agent)
-        image[y : y + SIDE // 2, x : x + SIDE // 2] = AGENT
+        x, y = ((v + 1) * SIDE for v in self.agent)
+        image[y + 1 : y + SIDE - 1, x + 1 : x + SIDE - 1] = AGENT  # what lies there shows around
         return image
 
     def _pick(self) -> None:

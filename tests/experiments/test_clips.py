@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from experiments.config import ConfigError
-from experiments.data.clips import Arrays, Clips, Spec, Writer
+from experiments.config.models import EnvConfig
+from experiments.data.clips import Arrays, Clips, Spec, Writer, record_episodes
 from experiments.data.convert import convert
+from experiments.envs import Row, make_envs
+from experiments.policies import noisy
 from worldmodel.types import ActionSpec, ObsSpec
 
 SPEC = Spec({"image": ObsSpec("image", (16, 16, 1))}, ActionSpec("discrete", (3,)))
@@ -67,6 +70,34 @@ def test_held_out_and_best_episodes(clips: Clips):
     kept, held = clips.split(2)
     assert [e.length for e in kept.episodes] == [5, 7] and held.frames == 5
     assert [e.length for e in clips.best(0.5).episodes] == [7, 3]  # of the highest returns
+
+
+def test_data_sets_are_joined_and_keep_their_episodes(clips: Clips):
+    with Writer(Path("more"), SPEC) as writer:
+        writer.add(episode(9, 4))
+    both = Clips.join([clips, Clips.open(Path("more"))])
+    assert both.frames == clips.frames + 4 and len(both.episodes) == 5
+    assert both.read(both.episodes[-1], 0, 9)["reward"].tolist() == [900, 901, 902, 903]
+    assert both.read(both.episodes[2], 0, 9)["reward"][0] == 200
+    other = Spec(SPEC.obs, ActionSpec("discrete", (4,)))
+    with pytest.raises(ConfigError, match="different rows"):
+        Clips.join([clips, Clips(other, clips.episodes, clips.columns)])
+
+
+def test_every_slot_gives_as_many_episodes_however_long_they_are():
+    config = EnvConfig(id="Recipes-v0", num=2, workers="inprocess", image_size=16, time_limit=4)
+    envs = make_envs(config, seed=0)
+    seen: list[np.ndarray] = []
+
+    def still(row: Row) -> np.ndarray:
+        seen.append(row.first)
+        return np.eye(6, dtype=np.float32)[[0, 0]]
+
+    policy = noisy(still, envs, 0.5, np.random.default_rng(0))
+    found = Clips.open(record_episodes(envs, policy, 3, "acted"))
+    assert found.lengths.tolist() == [5] * 4  # two each, not three of the faster
+    moves = np.concatenate([found.read(e, 1, 9)["action"] for e in found.episodes]).argmax(1)
+    assert (moves == 0).any() and (moves > 0).any() and len(seen) == 9
 
 
 def test_a_translated_column_stands_beside_the_others(clips: Clips):

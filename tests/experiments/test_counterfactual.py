@@ -1,18 +1,34 @@
 """Imagination held against reality: moments, rates of hand-made models, returns, the suite."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from agents.offline import OfflineDreamer, twohot
 from experiments.benchmarks import counterfactual as suite
 from experiments.config import ConfigError
+from experiments.config.dreamer4 import load_dreamer4
 from experiments.config.models import EnvConfig
-from experiments.counterfactual import AWAY, KINDS, RIGHT, Moments, expected_return, moments, rates
+from experiments.counterfactual import (
+    AWAY,
+    KINDS,
+    RIGHT,
+    Moments,
+    counterfactual,
+    expected_return,
+    moments,
+    promised_by,
+    rates,
+)
+from experiments.data.clips import Spec
 from experiments.envs.recipes import AGENT, COLOURS, CRAFT, POCKET
+from experiments.offline_loop import build_offline
 from experiments.record.metrics import read
+from worldmodel.types import ActionSpec, ObsSpec
 
 CONFIG = EnvConfig(id="Recipes-v0")
 COUNT = 6
@@ -47,7 +63,7 @@ def test_the_past_is_whole_and_what_is_before_it_is_first(found: Moments):
     moved = found.action[:, 1:].any(-1)
     assert np.array_equal(moved, ~found.first[:, 1:])
     agents = (found.image == AGENT).all(-1).sum((-2, -1))
-    assert (agents == 16).all()
+    assert (agents == 36).all()
     again = moments(CONFIG, COUNT, 8, seed=1)
     assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
 
@@ -75,6 +91,49 @@ def test_an_imagined_return_ends_where_the_episode_may_end():
     reward = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0], [1.0, 2.0, 4.0]])
     live = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [0.5, 0.5, 1.0]])
     assert expected_return(reward, live).tolist() == [7.0, 1.0, 1 + 1 + 1]
+
+
+@pytest.fixture
+def agent() -> OfflineDreamer:
+    """A tiny agent for pictures of 16 x 16."""
+    words = ["env.image_size=16", "tokenizer.latents=2", "tokenizer.channels=4"]
+    words += ["dynamics.spatial=2", "agent.units=8", "tokenizer.trunk.width=8"]
+    spec = Spec({"image": ObsSpec("image", (16, 16, 3))}, ActionSpec("discrete", (6,)))
+    return build_offline(load_dreamer4("recipes", words), spec)
+
+
+def always(agent: OfflineDreamer, reward: float, terminal: float) -> float:
+    """A hand-made imagination: the same reward and chance of an end everywhere; the reward."""
+    head = twohot(agent.reward)
+    found = int((head.bins - reward).abs().argmin())
+    with torch.no_grad():
+        head.net.out.bias[found] = 60.0
+        agent.terminal.net.out.weight.zero_()
+        agent.terminal.net.out.bias.fill_(math.log(terminal / (1 - terminal)))
+    return float(head.bins[found])
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_a_model_that_always_promises_or_never_does(agent: OfflineDreamer, reward: float):
+    expected = always(agent, reward, 0.5)
+    small = CONFIG.model_copy(update={"image_size": 16})
+    seen = moments(small, 2, 8, seed=1)
+    promise = promised_by(agent, torch.Generator().manual_seed(0))
+    assert promise(seen) == pytest.approx([expected] * 8, rel=1e-4)
+    found = rates(seen, promise)
+    assert found["hallucination"] == found["recognised"] == reward
+
+
+def test_the_gap_of_a_known_imagination(agent: OfflineDreamer):
+    """Reward r at every step, an end with probability p: r (1 - (1 - p)^H) / p in H steps."""
+    words = ["env.image_size=16", "env.num=2", "episodes=2", "counterfactual.frames=5"]
+    config = load_dreamer4("recipes", [*words, "counterfactual.contexts=1"])
+    reward = always(agent, 1.0, 0.2)
+    found = counterfactual(config, agent, 0.25, 3, torch.Generator().manual_seed(0))
+    imagined = reward * (1 - 0.8**5) / 0.2
+    assert found["imagined_return"] == pytest.approx(imagined, rel=1e-4)
+    assert found["gap"] == pytest.approx(imagined - 0.25, rel=1e-4)
+    assert found["hallucination"] == 1.0
 
 
 # ---- the suite ---------------------------------------------------------------------------------
