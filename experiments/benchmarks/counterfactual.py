@@ -38,6 +38,7 @@ MEASURES = {
     "real_return": "real return",
 }
 PHASES = ("tokenizer", "dynamics", "finetune", "imagine")
+SHARES = ("hallucination", "recognised")  # the others are returns
 FIXED = ("tracking.mlflow=false", "tracking.pictures=false")
 TIERS: dict[str, tuple[int, int, tuple[str, ...]]] = {  # seeds, recorded frames, fields
     "smoke": (
@@ -212,6 +213,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
                 axes.plot(x, value, color=colour, marker="o", linewidth=1.9, label=label)
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
                 axes.set_xticks(x)
+            if name in SHARES:
+                axes.set_ylim(-0.03, 1.03)
             axes.set_title(f"{name}\n{MEASURES[name]}")
             axes.set_xlabel("round (0: recordings alone)")
             axes.grid(axis="y")
