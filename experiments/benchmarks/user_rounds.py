@@ -21,7 +21,7 @@ from experiments.benchmarks.user_play import Play, displaced, returns, somebody_
 from experiments.build import build_timescales
 from experiments.config import Config
 from experiments.envs.population import SPLITS, Population
-from experiments.envs.userpop import CAP
+from experiments.envs.userpop import CAP, traits
 from experiments.evaluate import load_run
 from experiments.record.metrics import read
 from experiments.visits import SOURCE, starts
@@ -70,6 +70,15 @@ def new(size: Size) -> np.ndarray:
 def old(size: Size) -> np.ndarray:
     """Users who come in the first round, and never again."""
     return np.arange(OLD, OLD + size.users)
+
+
+def alike(seed: int, size: Size) -> np.ndarray:
+    """Whether `new` users (U,) move by actions of the same sign as whoever they are swapped with.
+
+    In the population of a seed, which is the one that its cells have.
+    """
+    negative = traits(Population(seed=seed).contexts(new(size))).force < 0
+    return negative == np.roll(negative, 1)
 
 
 def without(config: Config, agent: Dreamer, size: Size, seed: int) -> Arrays:

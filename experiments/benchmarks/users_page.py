@@ -6,7 +6,7 @@ own users; dashed ones are controls.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Found = Mapping[str, Mapping[int, Arrays]]  # arm -> seed -> arrays
+Place = Literal["best", "upper left", "lower left", "lower right"]
 BLUE, ORANGE, GREEN, PINK, YELLOW, *_ = PALETTE
 
 
@@ -53,28 +54,30 @@ def adaptation(axes: "Axes", fast: Sequence[Arrays], plain: Sequence[Arrays], si
         level(axes, float(np.mean([one["zero"][-1].mean() for one in plain])), "memoryless", GREEN)
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xticks(x, [str(n) for n in size.marks])
+    axes.set_xlim(0, x[-1])
     axes.set_xlabel("interactions of a held-out user; nothing is written after them")
-    finish(axes, "adaptation", "score of an episode")
+    finish(axes, "adaptation", "score of an episode", "lower right")
 
 
 def rounds(axes: "Axes", fast: Sequence[Arrays], plain: Sequence[Arrays], length: float) -> None:
     """Held-out users round by round of learning."""
     x = length * np.arange(len(fast[0]["zero"]))
     shown = (
-        ("zero", "new users, nothing written (Z)", FAINT, "-"),
+        ("zero", "new, nothing written (Z)", FAINT, "-"),
         ("fresh", "new users", BLUE, "-"),
         ("back/own", "known users", PINK, "-"),
         ("back/other", "shuffled ids", ORANGE, "--"),
-        ("old/with", "users of round 1, weights kept since", YELLOW, "-"),
+        ("old/with", "of round 1, weights since", YELLOW, "-"),
     )
     for name, label, colour, dashes in shown:
         first = 1 if name == "old/with" else 0
         values = mean([one[name] for one in fast])
         band(axes, x[first:], values[:, first:], label, colour, dashes)
     if plain:
-        band(axes, x, mean([one["zero"] for one in plain]), "memoryless, new users", GREEN, "--")
+        band(axes, x, mean([one["zero"] for one in plain]), "new users, memoryless", GREEN, "--")
     axes.set_xlabel("frames of training")
-    finish(axes, "rounds of learning", "score of an episode")
+    finish(axes, "rounds of learning", "score of an episode", "upper left", 2)
+    axes.set_ylim(0, 1.3)  # room for the names
 
 
 def consolidation(axes: "Axes", fast: Sequence[Arrays]) -> None:
@@ -92,7 +95,7 @@ def consolidation(axes: "Axes", fast: Sequence[Arrays]) -> None:
         band(axes, updates, values, label, colour, dashes)
     axes.set_xticks(updates)
     axes.set_xlabel("slow updates by visitors of an unknown cluster")
-    finish(axes, "consolidation, nothing else learns", "score of an episode")
+    finish(axes, "consolidation, nothing else learns", "score of an episode", "lower left", 2)
 
 
 def surprise(panels: Any, fast: Sequence[Arrays], plain: Sequence[Arrays], length: float) -> None:
@@ -143,9 +146,9 @@ def level(axes: "Axes", y: float, name: str, colour: str) -> None:
     axes.axhline(y, color=colour, linewidth=1.2, linestyle=(0, (4, 3)), label=name)
 
 
-def finish(axes: "Axes", title: str, label: str) -> None:
+def finish(axes: "Axes", title: str, label: str, place: Place = "best", columns: int = 1) -> None:
     """What all panels have."""
     axes.set(title=title, ylabel=label)
     axes.set_ylim(bottom=0)
     axes.grid(axis="y")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=7.5, loc=place, ncols=columns)

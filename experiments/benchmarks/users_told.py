@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.benchmarks import metrics
 from experiments.benchmarks.statistics import Interval, bootstrap
-from experiments.benchmarks.user_rounds import Arrays, Size
+from experiments.benchmarks.user_rounds import Arrays, Size, alike
 
 AREAS = (1, 10, 100)  # interactions
 Found = Mapping[str, Mapping[int, Arrays]]  # arm -> seed -> arrays
@@ -23,13 +23,13 @@ def summary(found: Found, size: Size) -> dict[str, Any]:
     result: dict[str, Any] = {"arms": {}, "size": size._asdict()}
     for arm, seeds in found.items():
         if seeds:
-            values = joined([told(one, size) for one in seeds.values()])
+            values = joined([told(one, size, seed) for seed, one in seeds.items()])
             rows = {name: row(bootstrap(x, rng), x) for name, x in values.items()}
             result["arms"][arm] = {"seeds": list(seeds), "rows": rows}
             result["arms"][arm]["rounds"] = by_round(list(seeds.values()), size, rng)
     both = sorted(set(found.get("fast", {})) & set(found.get("memoryless", {})))
     if both:
-        ours, theirs = (joined([told(found[a][s], size) for s in both]) for a in found)
+        ours, theirs = (joined([told(found[a][s], size, s) for s in both]) for a in found)
         result["pairs"] = {
             name: row(bootstrap(x, rng), x) | {"seeds": both}
             for name, x in {
@@ -74,7 +74,7 @@ def row(interval: Interval, values: np.ndarray) -> dict[str, Any]:
     return {**interval._asdict(), "by seed": [float(x) for x in values]}
 
 
-def told(one: Arrays, size: Size) -> dict[str, float]:
+def told(one: Arrays, size: Size, seed: int) -> dict[str, float]:
     """The numbers of one seed: scores, means over users unless the name says otherwise."""
     if "fresh" not in one:
         zero = one["zero"]
@@ -102,7 +102,20 @@ def told(one: Arrays, size: Size) -> dict[str, float]:
     for n in (*(a for a in AREAS if a <= size.marks[-1]), size.marks[-1]):
         found[f"area at {n}, own - none"] = area(own[-1], size.marks, n) - own[-1, 0]
         found[f"area at {n}, shuffled - none"] = area(other[-1], size.marks, n) - own[-1, 0]
+    found |= swapped(one["other"][-1, -1] - one["zero"][-1], alike(seed, size))
     return {name: float(x) for name, x in (found | cohorts(one, size)).items()}
+
+
+def swapped(gain: np.ndarray, same: np.ndarray) -> dict[str, float]:
+    """Gains (U,) of users who read another's fast weights, by whether their actions' signs agree.
+
+    A frozen agent hesitates; one that takes a user for another acts, and is right where they agree.
+    """
+    parts = {"the same": same, "the other": ~same}
+    return {
+        f"shuffled - none, {name} sign": float(gain[which].mean()) if which.any() else 0.0
+        for name, which in parts.items()
+    }
 
 
 def cohorts(one: Arrays, size: Size) -> dict[str, float]:
@@ -128,7 +141,10 @@ def cohorts(one: Arrays, size: Size) -> dict[str, float]:
         for key in ("without", "with"):
             old = part[f"old/{key}"].mean((0, 2))
             found[f"{label}: old users {key} their weights"] = old[-1] - old[0]
-    return found
+    ours, theirs = (
+        found[f"consolidation{of}: gain of new users"] for of in ("", " of other clusters")
+    )
+    return found | {"consolidation, gain over that of other clusters": ours - theirs}
 
 
 def area(scores: np.ndarray, marks: Sequence[int], n: int) -> float:
@@ -146,11 +162,13 @@ def gates(result: Mapping[str, Any]) -> dict[str, bool]:
     """What should hold."""
     if "fast" not in result["arms"]:
         return {}
-    rows = result["arms"]["fast"]["rows"]
+    rows, last = result["arms"]["fast"]["rows"], result["size"]["marks"][-1]
+    read = rows[f"area at {last}, shuffled - none"]
     return {
         "fast weights help: fast - frozen > 0": rows["fast - frozen"]["low"] > 0,
         "a known user gains: > 0": rows["a known user's gain"]["low"] > 0,
-        "shuffled ids gain nothing: <= 0": rows["shuffled ids' gain"]["high"] <= 0,
+        "shuffled ids gain nothing, writing goes on: <= 0": rows["shuffled ids' gain"]["high"] <= 0,
+        "shuffled ids gain nothing, nothing written: <= 0": read["high"] <= 0,
         "consolidation helps users to come: > 0": rows["consolidation: gain of new users"]["low"]
         > 0,
     }
@@ -162,12 +180,12 @@ def table(result: Mapping[str, Any]) -> str:
     for arm, part in result["arms"].items():
         seeds = ", ".join(str(seed) for seed in part["seeds"])
         lines += ["", f"CartPole users, {arm}, seeds {seeds}: score, 95 % over seeds"]
-        lines += [f"{name:58}{shown(row)}" for name, row in part["rows"].items()]
+        lines += [f"{name:64}{shown(row)}" for name, row in part["rows"].items()]
         for name, rounds in part["rounds"].items():
             means = "".join(f"{interval['value']:8.3f}" for interval in rounds)
-            lines.append(f"{name + ', by round':58}{means}")
+            lines.append(f"{name + ', by round':64}{means}")
     for name, row in result.get("pairs", {}).items():
-        lines += ["", f"{name:58}{shown(row)}"]
+        lines += ["", f"{name:64}{shown(row)}"]
     lines.append("")
     lines += [f"{name}: {'yes' if holds else 'NO'}" for name, holds in result["gates"].items()]
     return "\n".join(lines[1:])

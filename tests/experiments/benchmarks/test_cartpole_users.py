@@ -11,12 +11,13 @@ import torch
 from experiments.benchmarks import cartpole_users, users
 from experiments.benchmarks.cartpole_users import TIERS, cell_of, cells, place
 from experiments.benchmarks.user_play import Play, returns, seat, somebody_else, visit
-from experiments.benchmarks.user_rounds import Arrays, Size, cohort, consolidated, new, old
-from experiments.benchmarks.users_told import area, gates, summary, told, worst
+from experiments.benchmarks.user_rounds import Arrays, Size, alike, cohort, consolidated, new, old
+from experiments.benchmarks.users_told import area, gates, summary, swapped, told, worst
 from experiments.build import build_agent
 from experiments.config import Config
 from experiments.envs import make_envs
 from experiments.envs.population import SPLITS, Population
+from experiments.envs.userpop import UserPopVectorEnv
 from nested import fast as fast_state
 
 SMOKE = TIERS["smoke"]
@@ -118,17 +119,29 @@ def arrays(size: Size, own: float, other: float, gain: float) -> Arrays:
 
 def test_what_is_told_are_the_differences_that_were_put_in():
     size = Size(2, 20, (0, 1, 10, 100), 1, 3, 4, 5)
-    rows = told(arrays(size, own=0.3, other=-0.1, gain=0.25), size)
+    rows = told(arrays(size, own=0.3, other=-0.1, gain=0.25), size, 0)
     assert rows["fast - frozen"] == pytest.approx(0.2)
     assert rows["a known user's gain"] == pytest.approx(0.3)
     assert rows["shuffled ids' gain"] == pytest.approx(-0.1)
     assert rows["consolidation: gain of new users"] == pytest.approx(0.25)
     assert rows["consolidation of other clusters: gain of new users"] == pytest.approx(0.0)
+    assert rows["consolidation, gain over that of other clusters"] == pytest.approx(0.25)
+    assert rows["shuffled - none, the same sign"] == pytest.approx(-0.1)
     assert rows["old users, own weights - none"] == pytest.approx(0.1)
     assert rows["area at 1, own - none"] == pytest.approx(0.1)
     # straight from 0.1 after one interaction to 0.2 after ten
     assert rows["area at 10, own - none"] == pytest.approx(0.15)
     assert rows["area at 10, shuffled - none"] == pytest.approx(-0.05)
+
+
+def test_swapped_users_are_told_by_the_sign_of_their_actions():
+    same = alike(3, SMOKE.size._replace(users=40))
+    vector = UserPopVectorEnv(40, user_ids=range(900_000, 900_040), population=Population(seed=3))
+    signs = np.sign(vector.traits.force)
+    assert same.tolist() == [signs[i] == signs[i - 1] for i in range(40)] and 5 < same.sum() < 35
+    found = swapped(np.where(same, 0.5, -0.25), same)
+    assert list(found.values()) == [0.5, -0.25]
+    assert swapped(np.ones(3), np.ones(3, bool))["shuffled - none, the other sign"] == 0.0
 
 
 def test_areas_and_the_worst_tenth():
@@ -145,7 +158,7 @@ def test_gates_tell_what_holds(own: float, other: float, gain: float):
     plain = {seed: {"zero": np.full((3, 20), 0.4)} for seed in range(2)}
     result = summary({"fast": seeds, "memoryless": plain}, size)
     _, *others = gates(result).values()
-    assert others == [own > 0] * 3
+    assert others == [own > 0] * 4
     assert result["pairs"]["new users, fast - memoryless"]["value"] == pytest.approx(0.1)
     assert result["pairs"]["new users, fast - memoryless"]["seeds"] == [0, 1]
     rounds = result["arms"]["fast"]["rounds"]
