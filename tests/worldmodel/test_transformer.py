@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from nested import fast
-from worldmodel.transformer import PERIOD, Context, Rotary, Transformer, Trunk, rotate
+from tests.zoo import MEMORIES
+from worldmodel.transformer import Context, Transformer, Trunk, stack
 
 CAPS = pytest.mark.parametrize("cap", [50.0, 0.0], ids=["capped", "fused"])
 
@@ -16,6 +17,26 @@ def make(cap: float = 50.0, context: int = 4, mask: Tensor | None = None) -> Tra
     """Two time layers among five; grouped queries."""
     torch.manual_seed(0)
     return Transformer(Trunk(16, 5, 4, 2, 2, context, cap), 3, mask)
+
+
+# memories beside attention, instead of it, and in place of or behind feed-forward networks
+KINDS = {
+    "beside": {"memory": MEMORIES["gated delta"], "place": "beside"},
+    "instead": {"memory": MEMORIES["delta"], "place": "instead"},
+    "chunks": {"memory": MEMORIES["neural, chunks"], "place": "instead"},
+    "feed": {"feed": MEMORIES["continuum"]},
+    "all": {"memory": MEMORIES["hope"], "feed": MEMORIES["delta"], "chain": 2},
+}
+
+
+def made_of(kind: str, context: int = 4, drop: int = 0) -> Transformer:
+    """As `make`, with the parts of `KINDS`, off the special values that they begin with."""
+    torch.manual_seed(0)
+    model = Transformer(Trunk(16, 3, 4, 2, 2, context, **KINDS[kind]), 3, drop=drop)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model
 
 
 def frames(batch: int = 3, length: int = 11) -> tuple[Tensor, Tensor]:
@@ -125,25 +146,6 @@ def test_a_mask_says_which_tokens_of_a_frame_are_read():
         model.extend(x[:, :, :2], context)
 
 
-def test_rotations_know_only_the_distance_however_far_the_stream_has_run():
-    rotary = Rotary(8, 100.0)
-    q, k = torch.randn(2, 8, dtype=torch.float64)
-    here = rotate(q, rotary(torch.tensor(9), q)) @ rotate(k, rotary(torch.tensor(4), k))
-    far = 10**12
-    there = rotate(q, rotary(torch.tensor(far + 9), q)) @ rotate(
-        k, rotary(torch.tensor(far + 4), k)
-    )
-    assert torch.allclose(here, there, rtol=1e-12, atol=1e-12)
-    assert rotary.turns[0] == round(PERIOD / (2 * torch.pi))
-    turned = rotate(q, rotary(torch.tensor(1), q))
-    assert torch.allclose(
-        turned[0], q[0] * torch.tensor(1.0).cos() - q[4] * torch.tensor(1.0).sin(), atol=1e-4
-    )
-    assert torch.allclose(turned.norm(), q.norm())
-    half = rotary(torch.tensor(40_001), q.bfloat16()).cos
-    assert torch.allclose(half.double(), rotary(torch.tensor(40_001), q).cos, atol=4e-3)
-
-
 def test_the_cap_bounds_logits_and_the_written_out_attention_equals_torch_s():
     x, first = frames()
     loose = make(cap=1e6).double()
@@ -171,3 +173,79 @@ def test_sizes_that_do_not_fit_are_named(sizes: tuple[int, int, int]):
     width, heads, groups = sizes
     with pytest.raises(ValueError, match=f"width={width} / heads={heads} / groups={groups}|even"):
         Transformer(Trunk(width, 2, heads, groups), 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cuts", [list(range(12)), [0, 3, 4, 10, 11]], ids=["steps", "parts"])
+def test_with_memories_any_split_equals_the_whole_sequence(kind: str, cuts: list[int]):
+    model, (x, first) = made_of(kind), frames()
+    whole = model(x, first)
+    parts, context = in_parts(model, x, first, cuts)
+    assert (whole - parts).abs().max() <= 1e-5
+    before = fast.tree_map(torch.clone, context)
+    ahead = model.peek(x[:, :1], context)
+    assert all(map(torch.equal, fast.leaves(context), fast.leaves(before)))
+    assert torch.equal(ahead, model.extend(x[:, :1], context)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_memories_the_future_and_other_rows_are_not_read(kind: str):
+    model, (x, first) = made_of(kind), frames()
+    other = x.clone()
+    other[:, 6:] += 1
+    other[1] = torch.nan
+    a, b = in_parts(model, x, first, [0, 5, 11])[0], in_parts(model, other, first, [0, 5, 11])[0]
+    assert torch.equal(a[[0, 2], :6], b[[0, 2], :6])
+    assert not torch.equal(a[0, 6], b[0, 6])
+
+
+def test_a_memory_reaches_further_than_attention_but_not_past_a_first_frame():
+    model, (x, _) = made_of("beside", context=2), frames(length=11)
+    changed = x.clone()
+    changed[:, 0] += 1
+    plain = make(context=2)
+    assert torch.equal(plain(x)[:, 5:], plain(changed)[:, 5:])
+    assert not torch.equal(model(x)[:, 10], model(changed)[:, 10])
+    first = torch.zeros(3, 11, dtype=torch.bool)
+    first[:, 5] = True
+    assert torch.equal(model(x, first)[:, 5:], model(changed, first)[:, 5:])
+    assert torch.allclose(model(x, first)[:, 5:], model(x[:, 5:]), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["beside", "feed"])
+def test_tokens_without_an_output_have_no_feed_forward_memory(kind: str):
+    model, whole, (x, first) = made_of(kind, drop=2), made_of(kind), frames()
+    assert torch.allclose(model(x, first), whole(x, first)[:, :, :1], atol=1e-6)
+    assert torch.allclose(in_parts(model, x, first, [0, 3, 11])[0], model(x, first), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_memories_every_parameter_learns(kind: str):
+    model, (x, first) = made_of(kind), frames()
+    (model(x, first) * torch.randn(3, 11, 3, 16)).sum().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_new_parts_on_trained_weights_change_nothing_bit_for_bit():
+    trained, (x, first) = make(), frames()
+    parts = Trunk(16, 5, 4, 2, 2, 4, memory=MEMORIES["gated delta"], chain=1)
+    model = Transformer(parts, 3)
+    new = stack(model, trained.state_dict())
+    assert torch.equal(model(x, first), trained(x, first))
+    a, b = in_parts(model, x, first, [0, 4, 11])[0], in_parts(trained, x, first, [0, 4, 11])[0]
+    assert torch.equal(a, b)
+    names = {name for name, _ in model.named_parameters()}
+    assert set(new) == names - {name for name, _ in trained.named_parameters()}
+    assert {name.split(".")[2] for name in new} == {"beside", "chain"}
+    (model(x, first) * torch.randn(3, 11, 3, 16)).sum().backward()
+    still = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert not [n for n in new if n.endswith(("beside.scale", "chain.0.out.weight")) and n in still]
+
+
+def test_stacking_what_would_be_heard_is_refused():
+    trained = make().state_dict()
+    deeper = Transformer(Trunk(16, 6, 4, 2, 2, 4), 3)
+    with pytest.raises(ValueError, match=r"not silent: \['layers\.5"):
+        stack(deeper, trained)
+    with pytest.raises(ValueError, match=r"no room for \['layers\.0\.mlp"):
+        stack(Transformer(Trunk(16, 5, 4, 2, 2, 4, feed=MEMORIES["delta"]), 3), trained)

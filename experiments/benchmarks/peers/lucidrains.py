@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 """lucidrains' dreamer4 at the sizes of `nested bench dreamer4`, timed in a python of its own.
 
 Runs outside the project: answers the questions of worker.py, whose few lines are therefore here
