@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from agents.actions import actions_of
 from agents.offline import OfflineDreamer
-from experiments.build import device_of, make_level
+from experiments.build import device_of, make_level, make_memory
 from experiments.config import Config, ConfigError
 from experiments.config.dreamer4 import (
     PHASES,
@@ -28,6 +29,7 @@ from experiments.config.dreamer4 import (
     TrunkConfig,
     levels_of_phase,
 )
+from experiments.config.models import MemoryConfig
 from experiments.counterfactual import counterfactual
 from experiments.data.clips import Clips, Spec, record_episodes
 from experiments.data.lessons import Lessons
@@ -40,6 +42,7 @@ from experiments.record.run import ENDS, State
 from timescales import Timescales
 from worldmodel import ShortcutDynamics, Tokenizer, Trunk
 from worldmodel.scale import RunningRMS, weighted
+from worldmodel.transformer import MakeMemory
 
 EVALUATE, ACT, MEASURE, DRAW = 1, 3, 4, 5  # whose random numbers: a stream for each
 Show = Callable[[int, Mapping[str, float]], None]  # hears of every line that is reported
@@ -71,8 +74,14 @@ def build_offline(config: Dreamer4Config, spec: Spec) -> OfflineDreamer:
 
 
 def trunk_of(config: TrunkConfig) -> Trunk:
-    """Sizes as worldmodel/ knows them."""
-    return Trunk(**config.model_dump())
+    """Sizes and parts as worldmodel/ knows them."""
+    sizes = config.model_dump(exclude={"memory", "feed"})
+    return Trunk(**sizes, memory=maker(config.memory), feed=maker(config.feed))
+
+
+def maker(memory: MemoryConfig) -> MakeMemory | None:
+    """What makes such a memory, from widths in and out; None for none."""
+    return None if memory.kind == "none" else partial(make_memory, memory)
 
 
 class Work:

@@ -15,7 +15,14 @@ from .expand import expand
 from .explain import explain
 from .levels import Frozen, LaProp, LevelConfig, Levels, Plain, Rate, TimescalesConfig
 from .load import read_tree
-from .models import CheckpointConfig, Count, EnvConfig, TrackingConfig
+from .models import (
+    CheckpointConfig,
+    Count,
+    EnvConfig,
+    MemoryConfig,
+    NoMemory,
+    TrackingConfig,
+)
 from .text import parse_override
 from .tree import put
 
@@ -32,6 +39,21 @@ class TrunkConfig(Frozen):
     every: Count = Field(default=2, description="each so-many-th layer is over time")
     context: Count = Field(default=16, description="frames that a frame sees, itself included")
     cap: float = Field(default=50.0, ge=0, description="bound of attention logits; 0 is none")
+    memory: MemoryConfig = Field(
+        default=NoMemory(),
+        description="fast weights of each token position in layers over time, written by every "
+        "frame and forgotten where an episode starts, whatever its `forget` and `imagine`",
+    )
+    place: Literal["beside", "instead"] = Field(
+        default="beside", description="where the memory stands: beside attention or instead of it"
+    )
+    chain: int = Field(
+        default=0, ge=0, description="further feed-forward networks of each layer, silent at first"
+    )
+    feed: MemoryConfig = Field(
+        default=NoMemory(),
+        description="a memory in place of every feed-forward network, such as continuum",
+    )
 
 
 class DataConfig(Frozen):
