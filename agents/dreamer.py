@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from agents.heads import Actor, Critic
 from agents.returns import ReturnScale, by_group, lambda_return, standardized
-from nested.fast import bind
+from nested import fast
 from worldmodel import Batch, Carry, Posterior, WorldModel, features
 from worldmodel.heads import Draws
 from worldmodel.rssm import Dream, MemoryUse
@@ -91,7 +91,14 @@ class Dreamer(nn.Module):
         behaviour, returns, metrics = self._behaviour(posterior, slow_critic, generator)
         losses |= behaviour
         losses["repvalue"] = self._replay_value(batch, posterior, returns, slow_critic)
-        return Outcome(losses, carry, metrics)
+        return Outcome(losses, carry, metrics | self._surprise(posterior))
+
+    def _surprise(self, posterior: Posterior) -> dict[str, Tensor]:
+        """How wrong the fast memory was about what it then wrote, where there is one."""
+        if self.world.dynamics.memory is None:
+            return {}
+        rows = fast.tree_map(lambda x: x.flatten(0, 1), posterior.fast)
+        return {"surprise": by_group(rows.surprise, self.return_scale.low).mean(-1)}
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of mean losses; the names must be those of the scales."""
@@ -180,7 +187,7 @@ class Dreamer(nn.Module):
     @torch.no_grad()
     def _slow_value(self, feature: Tensor, slow_critic: Mapping[str, Tensor]) -> Tensor:
         """The slow critic's values (...) of features (..., F)."""
-        return bind(self.critic, slow_critic, Critic.value)(feature)
+        return fast.bind(self.critic, slow_critic, Critic.value)(feature)
 
     def _value_loss(
         self, logits: Tensor, target: Tensor, slow_value: Tensor, probs: Tensor | None = None

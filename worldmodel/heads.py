@@ -38,8 +38,8 @@ class TwoHot(nn.Module):
         if bins % 2 == 0:
             raise ValueError(f"bins={bins} must be odd, so that one bin stands at zero")
         self.net = MLP(n_in, bins, units, layers, scale=0.0)
-        self.half, self.unused = bins // 2, -bins % ALIGNED
-        half = -symexp(torch.linspace(-20, 0, self.half + 1))[:-1].flip(0)
+        self.pairs, self.unused = bins // 2, -bins % ALIGNED
+        half = -symexp(torch.linspace(-20, 0, self.pairs + 1))[:-1].flip(0)
         zero = torch.zeros(1)
         self.register_buffer("bins", torch.cat([zero, half, -half]), persistent=False)
         self.register_buffer("edges", torch.cat([-half.flip(0), zero, half]), persistent=False)
@@ -76,7 +76,7 @@ class TwoHot(nn.Module):
 
     def expected(self, probs: Tensor) -> Tensor:
         """The value (...) of probabilities. Opposite bins are paired first: exact at zero."""
-        n = self.half
+        n = self.pairs
         paired = probs[..., 1 : n + 1] - probs[..., n + 1 : 2 * n + 1]
         return torch.mv(paired.flatten(0, -2), self.bins[1 : n + 1]).view(paired.shape[:-1])
 
@@ -98,7 +98,7 @@ class TwoHot(nn.Module):
 
     def _places(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """The two bins around each target, and how it is split between them: (..., 2) each."""
-        edges, n = self.edges, self.half
+        edges, n = self.edges, self.pairs
         target = at_least_float32(target).clamp(edges[0], edges[-1]).contiguous()
         above = torch.searchsorted(edges, target, right=True).clamp(1, 2 * n)
         low, high = edges[above - 1], edges[above]

@@ -178,7 +178,11 @@ def draw_losses(axes: "Axes", facts: Facts, whose: str) -> None:
     """Losses of the agent or of the world model; linear about 0 where some are negative."""
     names = sorted({name for row in facts.rows for name in row.metrics if name[:5] == "loss/"})
     chosen = [name for name in names if (name[5:] in AGENT_LOSSES) == (whose == "agent")]
-    lines = merge_equal([Line(name[5:], *series(facts.rows, name), INK) for name in chosen])
+    found = [Line(name[5:], *series(facts.rows, name), INK) for name in chosen]
+    surprise = Line("memory", *series(facts.rows, "agent/surprise"), INK)
+    if whose == "world model" and surprise.x:
+        found.append(surprise)  # of the fast weights, beside what surprises the slow ones
+    lines = merge_equal(found)
     lines = [line._replace(colour=PALETTE[i % len(PALETTE)]) for i, line in enumerate(lines)]
     values = [y for line in lines for y in line.y]
     signed = min(values, default=1.0) < 0

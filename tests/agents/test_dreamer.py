@@ -73,6 +73,20 @@ def test_the_density_of_an_actor_is_torch_s(action):
     assert torch.allclose(actor.entropy(params), entropy, atol=1e-5)
 
 
+def test_the_surprise_of_the_memory_is_told():
+    agent, batch = make_agent(memory=True), make_batch()
+    start, seed = agent.initial(len(batch.first)), torch.Generator().manual_seed(3)
+    posterior, _ = agent.world.observe(batch, start, torch.Generator().manual_seed(3))
+    slow = {name: p.detach() for name, p in agent.critic.named_parameters()}
+    metrics = agent.losses(batch, start, slow, seed).metrics
+    assert torch.allclose(metrics["surprise"], posterior.fast.error.square().mean())
+    assert metrics["surprise"] > 0
+    without = make_agent()
+    slow = {name: p.detach() for name, p in without.critic.named_parameters()}
+    outcome = without.losses(batch, without.initial(len(batch.first)), slow)
+    assert "surprise" not in outcome.metrics
+
+
 @pytest.mark.parametrize("memory", [False, True])
 def test_acting_step_by_step_filters_as_training_does(memory: bool):
     agent, batch = make_agent(memory=memory), make_batch()
