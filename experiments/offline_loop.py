@@ -294,7 +294,12 @@ class Work:
         self.show(self.total, metrics)
 
     def _sizes(self) -> dict[str, float]:
-        """What losses are divided by: scaled ones stay about one, these tell how large they are."""
+        """What losses are divided by: scaled ones stay about one, these tell how large they are.
+
+        Those of imagination are not scaled.
+        """
+        if self.stage.name == "imagine":
+            return {}
         norms = {**self.agent.tokenizer.norms, "dynamics": self.agent.dynamics.norm}
         norms |= self.agent.norms
         name, found = self.stage.name, {}

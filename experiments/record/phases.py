@@ -88,7 +88,7 @@ def draw_title(figure: "Figure", facts: Facts) -> None:
     step = rows[-1].step if rows else 0
     rounds = (facts.config.get("online") or {}).get("rounds", 0)
     environment = str((facts.config.get("env") or {}).get("id", ""))
-    what = f"offline, then {rounds} rounds online" if rounds else "offline"
+    what = f"offline, then {rounds} round{'s' * (rounds > 1)} online" if rounds else "offline"
     ending = run.state if run.state in ("failed", "stopped") else ""
     parts = [environment, what, f"{step:,} updates in {duration(took)}", ending]
     figure.text(0.05, 0.972, run.id, fontsize=18, fontweight="bold", color=INK)

@@ -81,6 +81,7 @@ def test_all_phases_end_to_end(whole: Path):
     assert {f"eval/{x}/return" for x in ("random", "imitation", "imagination")} <= names
     assert {"loss/tokenizer_mse", "loss/finetune_policy", "loss/imagine_value"} <= names
     assert {"rms/tokenizer_mse", "rms/dynamics_dynamics", "rms/finetune_reward"} <= names
+    assert "rms/imagine_policy" not in names  # losses in imagination are not scaled
     assert "round/gap" in names and "round/hallucination" not in names  # a room without recipes
     assert len({name.split("/")[0] for name in names}) <= 8
     assert json.loads((whole / "run.json").read_text())["state"] == "finished"
