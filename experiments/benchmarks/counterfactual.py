@@ -56,7 +56,16 @@ TIERS: dict[str, tuple[int, int, tuple[str, ...]]] = {  # seeds, recorded frames
             *("counterfactual.contexts=2", "counterfactual.frames=3", "checkpoint.every=0"),
         ),
     ),
-    "laptop": (3, 20_000, ()),
+    "laptop": (
+        3,
+        20_000,
+        (
+            "env.kwargs.size=3",
+            "env.time_limit=24",
+            "counterfactual.frames=24",
+            "dynamics.apart=0.1",
+        ),
+    ),
     "overnight": (10, 60_000, ("online.rounds=5",)),
 }
 Rounds = dict[str, np.ndarray]  # measure -> (rounds + 1,)
