@@ -3,7 +3,8 @@
 Follows arXiv 2509.24527. `finetune` keeps the dynamics' loss and adds imitation and rewards, read
 from agent tokens and predicted several steps ahead. `imagine` freezes the dynamics: value and
 policy learn from rollouts, the policy by PMPO, near its frozen self, which is handed in as plain
-weights. A terminal head, which the paper does not name, tells where episodes end.
+weights. A terminal head, which the paper does not name, tells where episodes end. An ensemble, if
+there is one, tells what the world model does not know, and imagined rewards then pay for it.
 
 Row t holds the action that led into frame t and the reward that came with it, so a policy that
 sees frame t is taught the action of row t + 1, and a reward head the reward of row t.
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from agents.actions import Actions
+from agents.ensemble import Ensemble
 from agents.pmpo import pmpo
 from agents.returns import lambda_return
 from worldmodel.heads import Binary, TwoHot
@@ -79,7 +81,9 @@ class OfflineDreamer(nn.Module):
     """A tokenizer, dynamics with agent tokens, and heads for policy, reward, terminal and value.
 
     units, layers: of the heads; ahead: steps predicted ahead; horizon: imagined frames, each in
-    `steps` sampling steps; discount, lam: of returns; alpha, beta: of PMPO.
+    `steps` sampling steps; discount, lam: of returns; alpha, beta: of PMPO; members: of an
+    ensemble about the next frame, 0 for none; doubt: what a unit of its disagreement costs in
+    imagination, below zero what it earns (curiosity).
     """
 
     def __init__(
@@ -96,10 +100,14 @@ class OfflineDreamer(nn.Module):
         lam: float = 0.95,
         alpha: float = 0.5,
         beta: float = 0.3,
+        members: int = 0,
+        doubt: float = 0.0,
     ):
         super().__init__()
         if not dynamics.agents:
             raise ValueError("agents=0: a policy needs dynamics with at least one agent token")
+        if doubt and not members:
+            raise ValueError(f"doubt={doubt} needs an ensemble: members=5, for example")
         self.tokenizer, self.dynamics, self.actions = tokenizer, dynamics, actions
         self.horizon, self.steps, self.discount, self.lam = horizon, steps, discount, lam
         self.alpha, self.beta = alpha, beta
@@ -109,7 +117,13 @@ class OfflineDreamer(nn.Module):
         self.reward = Ahead(width, units, layers, ahead, lambda n: TwoHot(n, 0, 0))
         self.terminal = Binary(width, units, layers)
         self.value = TwoHot(width, units, layers)
-        self.norms = nn.ModuleDict({k: RunningRMS() for k in ("policy", "reward", "terminal")})
+        names, self.doubt = ("policy", "reward", "terminal"), doubt
+        self.ensemble: Ensemble | None = None
+        if members:
+            frame = dynamics.latents[0] * dynamics.latents[1]
+            self.ensemble = Ensemble(width, actions.dim, frame, members, units, layers)
+            names = (*names, "ensemble")
+        self.norms = nn.ModuleDict({name: RunningRMS() for name in names})
 
     def finetune(
         self, batch: Experience, generator: torch.Generator | None = None
@@ -124,6 +138,8 @@ class OfflineDreamer(nn.Module):
         losses["reward"] = self._scaled("reward", self._rewards(batch, feature), ones)
         terminal = self.terminal.loss(self.terminal(feature), batch.terminal.float())
         losses["terminal"] = self._scaled("terminal", terminal, ones)
+        if self.ensemble is not None:
+            losses["ensemble"] = self._foreseen(self.ensemble, clip, feature)
         return losses
 
     def prior(self) -> dict[str, Tensor]:
@@ -137,6 +153,8 @@ class OfflineDreamer(nn.Module):
         feature, action = self._rollout(clip, generator)
         with torch.no_grad():
             reward = twohot(self.reward).mean(self.reward(feature))
+            doubt = self._doubt(feature, action)
+            reward = reward - self.doubt * doubt
             live = 1 - self.terminal(feature).sigmoid()
             value = self.value.mean(self.value(feature))
             ones = torch.ones_like(live)
@@ -156,6 +174,8 @@ class OfflineDreamer(nn.Module):
             "positive": (advantage >= 0).float().mean(),
             "prior_kl": kl.detach().mean(),
         }
+        if self.ensemble is not None:
+            metrics["doubt"] = doubt[:, 1:].mean()
         return Imagination({"policy": policy, "value": critic}, metrics)
 
     def initial(self, batch: int, task: int = 0) -> Scene:
@@ -200,13 +220,33 @@ class OfflineDreamer(nn.Module):
         count = len(self.policy.outs)
         action, same = following(clip.action, clip.first, count, 1)
         known, _ = following(clip.labelled, clip.first, count, 1)
+        counts = same & known
+        action = torch.where(counts[..., None], action, 0.0)  # an unknown one may be anything
         logp = self.actions.log_prob(self.policy.all(feature).float(), action)
-        return -(logp * (same & known)).sum(-1)
+        return -(logp * counts).sum(-1)
 
     def _rewards(self, batch: Experience, feature: Tensor) -> Tensor:
         """Cross-entropy (B, T) of the rewards from each frame on, summed."""
         reward, same = following(batch.reward, batch.clip.first, len(self.reward.outs), 0)
         return (twohot(self.reward).loss(self.reward.all(feature), reward) * same).sum(-1)
+
+    def _foreseen(self, ensemble: Ensemble, clip: Clip, feature: Tensor) -> Tensor:
+        """The ensemble's error (B, T) about the frames that follow each known action."""
+        action, same = following(clip.action, clip.first, 1, 1)
+        latents, _ = following(clip.latents.flatten(2), clip.first, 1, 1)
+        known, _ = following(clip.labelled, clip.first, 1, 1)
+        counts = same & known
+        action = torch.where(counts[..., None], action, 0.0)  # an unknown one may be anything
+        weight = counts[:, :, 0].to(feature.dtype)
+        error = ensemble.losses(feature, action[:, :, 0], latents[:, :, 0], weight)
+        return self._scaled("ensemble", error, weight)
+
+    def _doubt(self, feature: Tensor, action: Tensor) -> Tensor:
+        """Doubt (B, H + 1) about the step into each state of a rollout; none about the first."""
+        if self.ensemble is None:
+            return torch.zeros_like(feature[..., 0])
+        found = self.ensemble.doubt(feature[:, :-1], action[:, :-1])
+        return torch.cat([torch.zeros_like(found[:, :1]), found], 1)
 
     def _scaled(self, name: str, loss: Tensor, weight: Tensor) -> Tensor:
         return counted(self.norms[name](loss, weight), weight)

@@ -67,7 +67,7 @@ def finetune(work: Work) -> None:
     """Imitation of the best recordings, rewards and terminals of all, beside the dynamics' loss."""
     phase, lessons = work.settings, work.lessons
     share = work.config.phases.finetune.imitate
-    for _ in work.updates(phase, r"^(dynamics|policy|reward|terminal)\."):
+    for _ in work.updates(phase, r"^(dynamics|policy|reward|terminal|ensemble)\."):
         rows = min(max(1, round(share * phase.batch)), phase.batch - 1)
         parts = [(lessons.best, rows), *lessons.mixed(phase.batch - rows)]
         losses = work.agent.finetune(lessons.experience(parts, phase.length), work.generator)

@@ -93,6 +93,11 @@ class AgentConfig(Frozen):
     lam: Rate = Field(default=0.95, description="lambda of the returns")
     alpha: Rate = Field(default=0.5, description="share of good actions in PMPO")
     beta: float = Field(default=0.3, ge=0, description="weight of staying near the prior")
+    members: int = Field(default=0, ge=0, description="networks that may disagree; 0 is none")
+    doubt: float = Field(
+        default=0.0,
+        description="what unusual disagreement costs in imagination; below zero it is a reward",
+    )
 
 
 class PhaseConfig(Frozen):

@@ -17,7 +17,7 @@ from worldmodel import Batch, Clip, ShortcutDynamics, Tokenizer, Trunk
 SIZE = (8, 8, 3)
 
 
-def make(**options: int) -> OfflineDreamer:
+def make(**options: float) -> OfflineDreamer:
     """Actions are one of three, and two keys."""
     torch.manual_seed(0)
     trunk = Trunk(16, 3, 2, 1, 2, context=8)
@@ -209,3 +209,71 @@ def test_a_policy_needs_agent_tokens():
     without = ShortcutDynamics(5, (3, 2), Trunk(16, 3, 2, 1, 2), 2, agents=0)
     with pytest.raises(ValueError, match="agents=0"):
         OfflineDreamer(agent.tokenizer, without, agent.actions)
+
+
+def test_an_ensemble_learns_the_next_frame_and_nothing_else():
+    agent, batch = make(members=3), experience()
+    clip = batch.clip
+    action = torch.where(clip.labelled[..., None], clip.action, torch.nan)
+    losses = agent.finetune(batch._replace(clip=clip._replace(action=action)), seeded())
+    assert losses.keys() == {"dynamics", "policy", "reward", "terminal", "ensemble"}
+    found = losses["ensemble"]
+    counts = torch.ones(4, 6, dtype=torch.bool)
+    counts[:, 5] = counts[1, 2] = False  # nothing follows in the same episode
+    assert torch.equal(found.detach() > 0, counts)
+    found.sum().backward()
+    reached = {name.split(".")[0] for name, p in agent.named_parameters() if p.grad is not None}
+    assert reached == {"ensemble"}
+
+
+def test_doubt_is_paid_for_in_imagination_and_curiosity_earns_it():
+    plain, batch = make(members=3), experience()
+    plain.finetune(batch, seeded())
+    with torch.no_grad():  # rewards of zero, beside which the price is not rounded away
+        for parameter in (*plain.reward.outs.parameters(), *plain.value.parameters()):
+            parameter.zero_()
+    prior, found = plain.prior(), {}
+    for doubt in (0.0, 2.0, -2.0):
+        agent = make(members=3, doubt=doubt)
+        agent.load_state_dict(plain.state_dict())
+        found[doubt] = agent.imagine(batch.clip, prior, seeded()).metrics
+    doubts = {float(metrics["doubt"]) for metrics in found.values()}
+    assert len(doubts) == 1
+    change = found[0.0]["imagined_reward"] - found[2.0]["imagined_reward"]
+    steps = 4 / 5  # the first of five states was not stepped into
+    assert torch.allclose(change, torch.tensor(2 * doubts.pop() * steps), atol=1e-5)
+    gain = found[-2.0]["imagined_reward"] - found[0.0]["imagined_reward"]
+    assert torch.allclose(change, gain, atol=1e-5)
+    assert found[0.0]["imagined_return"] != found[2.0]["imagined_return"]
+    with pytest.raises(ValueError, match="needs an ensemble: members=5"):
+        make(doubt=1.0)
+
+
+def test_video_without_actions_trains_the_same_model_through_the_embedding_of_no_action():
+    """The dynamics learn from it; policy and action embedding do not."""
+    agent, batch = make(), experience()
+    agent.dynamics.apart = 0.0  # separate images have no action either
+
+    def gradients(labelled: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        clip = batch.clip._replace(labelled=labelled)
+        clip = clip._replace(
+            action=torch.where(labelled[..., None], clip.action, torch.nan),
+            first=torch.zeros_like(labelled),
+        )
+        fresh = copy.deepcopy(agent)
+        losses = fresh.finetune(batch._replace(clip=clip), seeded())
+        torch.stack([loss.mean() for loss in losses.values()]).sum().backward()
+        named = {n: p.grad for n, p in fresh.named_parameters() if p.grad is not None}
+        return losses["dynamics"].detach(), named
+
+    known = torch.ones_like(batch.clip.labelled)
+    with_actions, one = gradients(known)
+    without, two = gradients(~known)
+    assert not torch.allclose(with_actions, without)
+    action, nothing = "dynamics.from_action.weight", "dynamics.no_action"
+    assert one[action].any() and one[nothing].any()
+    assert two[nothing].any() and not two[action].any()
+    assert not two["dynamics.from_action.bias"].any()
+    assert two["dynamics.to_latent.weight"].any()  # the same network learns
+    assert all(g.isfinite().all() for g in two.values())
+    assert not two["policy.outs.0.weight"].any() and one["policy.outs.0.weight"].any()
