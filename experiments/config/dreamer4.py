@@ -277,6 +277,10 @@ def _check(config: Dreamer4Config) -> None:
                 f"width={trunk.width} / heads must be even, heads / groups={trunk.groups} whole",
                 "use powers of two",
             )  # fmt: skip
+    members, doubt = config.agent.members, config.agent.doubt
+    if members == 1 or (doubt and not members):
+        problem = f"cannot disagree, with doubt={doubt:g}"
+        raise ConfigError("agent.members", members, problem, "use 0 and no doubt, or 2 and more")
     entries = config.tokenizer.latents * config.tokenizer.channels
     if entries % config.dynamics.spatial:
         raise ConfigError(

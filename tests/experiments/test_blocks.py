@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from experiments.build import make_level
+from experiments.config import ConfigError
 from experiments.config.dreamer4 import Dreamer4Config, levels_of_phase, load_dreamer4
 from experiments.data.clips import Spec
 from experiments.offline_loop import build_offline
@@ -92,3 +93,11 @@ def test_memories_and_chains_stand_where_the_configuration_says():
     assert any(n.startswith(f"{LAYER}.1.attention.memory") for n in names)
     assert any(n.startswith(f"{LAYER}.0.feed.memory") for n in names)
     assert not any(".mlp." in n for n in names)
+
+
+@pytest.mark.parametrize("change", ["agent.members=1", "agent.doubt=0.5"])
+def test_one_cannot_disagree(change: str):
+    with pytest.raises(ConfigError, match=r"agent\.members"):
+        configured(change)
+    agent = build_offline(configured("agent.members=2", "agent.doubt=0.5"), SPEC)
+    assert agent.ensemble is not None and agent.doubt == 0.5
