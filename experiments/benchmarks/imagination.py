@@ -197,8 +197,8 @@ def draw(found: Mapping[str, Curves], result: Mapping[str, Any], path: Path) -> 
         for context, axes in zip(contexts, panels, strict=True):
             draw_curves(axes, {arm: x[context] for arm, x in found.items()}, context, result)
         draw_gains(right, result)
-        figure.suptitle(f"Imagination in adapted and in other weights, {result['seeds']} seeds")
-        panels[0].legend(frameon=False, fontsize=9)
+        lines = panels[0].get_legend_handles_labels()
+        figure.legend(*lines, loc="outside lower center", ncols=len(found), frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110, facecolor="white")
 
@@ -221,7 +221,7 @@ def draw_curves(
         frames = curves[0].frames
         axes.plot(frames, values.mean(0), color=colour, linewidth=1.9, label=f"{arm}: {ARMS[arm]}")
         axes.fill_between(frames, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.set_title(f"{context} (shaded: the agent is elsewhere)")
+    axes.set_title(f"{context}, {result['seeds']} seeds; shaded: the agent acts elsewhere")
     axes.set_xlabel("environment frames")
     axes.set_ylabel("evaluation return")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
