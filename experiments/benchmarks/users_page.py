@@ -37,8 +37,8 @@ def draw(found: Found, size: Size, frames: int, path: Path) -> None:
         consolidation(panels[0, 2], fast)
         surprise(panels[1], fast, plain, frames / size.rounds)
         figure.suptitle(
-            f"CartPole users, {len(fast)} seeds, {size.users} users each: scores are returns over "
-            "the cap; bands 95 % over seeds"
+            f"CartPole users, {len(fast)} seeds with fast weights and {len(plain)} memoryless, "
+            f"{size.users} users each: scores are returns over the cap; bands 95 % over seeds"
         )
         figure.savefig(path, dpi=110, facecolor="white")
 
