@@ -1,6 +1,7 @@
 """The offline agent: what each head is taught, which rows count, imagination, acting."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from worldmodel import Batch, Clip, ShortcutDynamics, Tokenizer, Trunk
 SIZE = (8, 8, 3)
 
 
-def make(**options: float) -> OfflineDreamer:
+def make(**options: Any) -> OfflineDreamer:
     """Actions are one of three, and two keys."""
     torch.manual_seed(0)
     trunk = Trunk(16, 3, 2, 1, 2, context=8)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from nested import fast
+from tests.zoo import MEMORIES
 from worldmodel.shortcut import WEIGHTS, Clip, Lengths, Levels, ShortcutDynamics, normal
-from worldmodel.transformer import Trunk
+from worldmodel.transformer import Transformer, Trunk
 
 
 def make(k_max: int = 8, **options: Any) -> ShortcutDynamics:
@@ -299,3 +300,27 @@ def test_sampling_steps_lie_on_the_grid(steps: int):
     model, clip = make(), clips()
     with pytest.raises(ValueError, match=f"steps={steps} must be a power of two up to k_max=8"):
         model.generate(Clip(*(x[:, :1] for x in clip)), model.initial(4), steps)
+
+
+def test_with_memories_frames_from_the_cache_are_those_of_the_whole_sequence():
+    model, clip = make(), clips()
+    gated, delta = MEMORIES["gated delta"], MEMORIES["delta"]
+    trunk = Trunk(16, 3, 2, 1, 2, context=8, memory=gated, feed=delta)
+    model.transformer = Transformer(trunk, model.core + model.agents, model.transformer.among)
+    with torch.no_grad():
+        for parameter in model.transformer.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    g, context, found = seeded(), model.initial(4), []
+    for t in range(6):
+        row = Clip(*(x[:, t : t + 1] for x in clip))
+        feature, context = model.observe(row, context, g)
+        found.append(feature)
+    g, noise = seeded(), []
+    for _ in range(6):
+        noise.append(normal(clip.latents[:, :1].reshape(4, 1, 2, 3), g))
+    signal = torch.full_like(clip.task, model.kept)
+    levels = Levels(signal, torch.full_like(signal, model.finest))
+    z = torch.lerp(torch.cat(noise, 1), model.pack(clip.latents), model.tau(signal))
+    tokens = model._all(z, levels, model._actions(clip), clip.task)
+    whole = model._look(model.transformer(tokens, clip.first))[1]
+    assert (torch.cat(found, 1) - whole).abs().max() <= 1e-4

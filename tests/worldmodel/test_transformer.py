@@ -1,6 +1,7 @@
 """The transformer: causal, one law for a sequence and a step, resets, rows by themselves."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def make(cap: float = 50.0, context: int = 4, mask: Tensor | None = None) -> Tra
 
 
 # memories beside attention, instead of it, and in place of or behind feed-forward networks
-KINDS = {
+KINDS: dict[str, Any] = {
     "beside": {"memory": MEMORIES["gated delta"], "place": "beside"},
     "instead": {"memory": MEMORIES["delta"], "place": "instead"},
     "chunks": {"memory": MEMORIES["neural, chunks"], "place": "instead"},
