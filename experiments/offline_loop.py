@@ -37,6 +37,7 @@ from experiments.envs import make_envs
 from experiments.envs.known import check_env
 from experiments.envs.rows import Envs
 from experiments.policies import Policy, noisy, of_offline, play, uniform
+from experiments.process import settle
 from experiments.record import CheckpointError, Checkpoints, Run, RunError
 from experiments.record.run import ENDS, State
 from timescales import Timescales
@@ -91,8 +92,7 @@ class Work:
         self.config = config
         check_env(Config(env=config.env))
         self.device = device_of(Config(device=config.device))
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        settle(config.threads)
         self.spec = Clips.open(config.data.path).spec
         self.agent = build_offline(config, self.spec)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)

@@ -14,8 +14,9 @@ LARGEST = 32 << 20  # bytes; the most that glibc takes for MAPPED
 
 
 def settle(threads: int) -> None:
-    """Use `threads` processor threads, and keep memory that was freed, up to the peak."""
-    torch.set_num_threads(threads)
+    """Use so many processor threads (0: as torch finds it) and keep freed memory, to the peak."""
+    if threads:
+        torch.set_num_threads(threads)
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(MAPPED, LARGEST)

@@ -149,9 +149,8 @@ class Next(nn.Module):
         """The losses named in PARTS (3,) of predicting a row."""
         prior = self.world.dynamics.prior(row.deter[None])
         draw = hot(prior, row.noise[None]) + prior - prior.detach()
-        decoded = self.world.decoder(row.deter[None], draw)
         obs = {key: value[None] for key, value in row.obs.items()}
-        errors = self.world.decoder.losses(decoded, obs)
+        errors = self.world.decoder.errors(row.deter[None], draw, obs)
         error, divergence = torch.stack([*errors.values()]).sum(0), kl(row.posterior[None], prior)
         return torch.cat([error + divergence, error, divergence])
 

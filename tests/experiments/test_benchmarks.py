@@ -91,8 +91,8 @@ def test_prediction_is_the_loss_of_the_world_model_at_the_prior():
     first = torch.zeros(3, 6, dtype=torch.bool)
     found = inference.play(inference.adapter_of(world, 0.1), rows, first, 1)["frozen"]
     prior = world.dynamics.prior(rows.deter[:, 2])
-    decoded = world.decoder(rows.deter[:, 2], sample(prior, rows.noise[:, 2]))
-    errors = world.decoder.losses(decoded, {"state": rows.obs["state"][:, 2]})["state"]
+    latent = (rows.deter[:, 2], sample(prior, rows.noise[:, 2]))
+    errors = world.decoder.errors(*latent, {"state": rows.obs["state"][:, 2]})["state"]
     parts = torch.stack([errors, kl(rows.posterior[:, 2], prior)], 1).detach().numpy()
     assert found[:, 2, 1:] == pytest.approx(parts, abs=1e-5)
     assert found[..., 0] == pytest.approx(found[..., 1:].sum(-1), abs=1e-5)
