@@ -68,7 +68,8 @@ def find(name: str) -> EnvSpec:
         return EnvSpec(name, entry_point=crafter.CrafterEnv)
     if name == recipes.ID:
         steps = recipes.STEPS
-        return EnvSpec(name, entry_point=recipes.RecipesEnv, max_episode_steps=steps)
+        entry = f"{recipes.__name__}:RecipesEnv"
+        return EnvSpec(name, entry_point=entry, max_episode_steps=steps)
     module, _, rest = name.rpartition(":")  # gymnasium's "module:id" imports the module first
     if module:
         importlib.import_module(module)
