@@ -4,7 +4,7 @@ PYTHON ?= python
 
 .PHONY: check lint types test smoke slow format
 
-check: lint types test smoke
+check: lint types smoke test
 
 lint:
 	$(PYTHON) -m ruff format --check .

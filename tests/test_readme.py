@@ -61,7 +61,7 @@ def test_ci_and_make_do_what_readme_says():
         text=True,
     )
     tools = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("python -m")]
-    assert tools == ["ruff", "ruff", "pyright", "pytest", "experiments"], done.stderr
+    assert tools == ["ruff", "ruff", "pyright", "experiments", "pytest"], done.stderr
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
