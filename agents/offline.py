@@ -156,7 +156,7 @@ class OfflineDreamer(nn.Module):
             doubt = self._doubt(feature, action)
             reward = reward - self.doubt * doubt
             live = 1 - self.terminal(feature).sigmoid()
-            value = self.value.mean(self.value(feature))
+            value = self.value.value(feature)
             ones = torch.ones_like(live)
             returns = lambda_return(reward, live * self.discount, ones, value, self.lam)
             advantage = returns - value[:, :-1]

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks.statistics import Interval, bootstrap, paired_bootstrap
+from experiments.benchmarks.statistics import Interval, bootstrap, paired_bootstrap, shown
 from experiments.config import ConfigError
 from experiments.config.dreamer4 import Dreamer4Config, OnlineConfig, load_dreamer4
 from experiments.data.convert import record_policy
@@ -195,12 +195,6 @@ def table(result: Mapping[str, Any]) -> str:
         for pair, one in row["differences"].items():
             lines.append(f"  at the end, {pair}: {shown(one)}")
     return "\n".join(lines)
-
-
-def shown(row: Mapping[str, float]) -> str:
-    """A difference and its interval."""
-    found = Interval(**row)
-    return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:

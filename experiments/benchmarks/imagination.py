@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks.learning import LAST, Curve, curves_of, is_of
-from experiments.benchmarks.statistics import Interval, bootstrap, paired_bootstrap
+from experiments.benchmarks.statistics import Interval, bootstrap, paired_bootstrap, shown
 from experiments.config import Config, ConfigError, load_config
 from experiments.record import runs
 from experiments.together import check, train_together
@@ -171,15 +171,9 @@ def table(result: Mapping[str, Any]) -> str:
     for name, row in result["measures"].items():
         means = "".join(f"{row[arm]['value']:9.1f}" for arm in arms)
         pairs = [key for key in row if " - " in key]
-        gains = "".join(f"   {pair} {shown(row[pair])}" for pair in pairs)
+        gains = "".join(f"   {pair} {shown(row[pair], '+.1f')}" for pair in pairs)
         lines.append(f"{name:18}{means}{gains}")
     return "\n".join([*lines, verdict(result, result["default"])])
-
-
-def shown(row: Mapping[str, float]) -> str:
-    """A difference and its interval."""
-    found = Interval(**row)
-    return f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
 
 
 def draw(found: Mapping[str, Curves], result: Mapping[str, Any], path: Path) -> None:

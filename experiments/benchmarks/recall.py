@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
-from experiments.benchmarks.statistics import Interval, bootstrap, paired_bootstrap
+from experiments.benchmarks.statistics import Interval, bootstrap, paired_bootstrap, shown
 from experiments.build import MEMORIES, make_memory
 from experiments.config import ConfigError, load_config, nearest
 from nested import fast
@@ -250,12 +250,6 @@ def table(result: Mapping[str, Any]) -> str:
         gains = (shown(at[f"{arm} - frozen"]) for arm in ARMS[1:])
         lines.append(f"{kind:12}" + "".join(f"{x:7.3f}" for x in means) + "   " + "   ".join(gains))
     return "\n".join(lines)
-
-
-def shown(row: Mapping[str, float]) -> str:
-    """A difference and its interval."""
-    found = Interval(**row)
-    return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:

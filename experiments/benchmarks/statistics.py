@@ -23,6 +23,12 @@ class Interval(NamedTuple):
     high: float
 
 
+def shown(row: Mapping[str, float], spec: str = "+.3f") -> str:
+    """The fields of an Interval as text, each number by a format; by default a difference's."""
+    found = Interval(**row)
+    return f"{found.value:{spec}} [{found.low:{spec}}, {found.high:{spec}}]"
+
+
 def mean(values: np.ndarray) -> np.ndarray:
     """Mean over the last axis."""
     return values.mean(-1)

@@ -33,7 +33,7 @@ from experiments.benchmarks.consolidation import (
 )
 from experiments.benchmarks.learners import Learner, bayes, frozen
 from experiments.benchmarks.population import LinearUsers, Prior, Session, em, excess
-from experiments.benchmarks.statistics import Interval, bootstrap
+from experiments.benchmarks.statistics import Interval, bootstrap, shown
 from experiments.config import ConfigError
 from experiments.envs.population import SPLITS, Population
 
@@ -211,7 +211,7 @@ def table(result: Mapping[str, Any]) -> str:
         lines += ["", f"{world}: share of the Bayes-optimal gain, {len(result['seeds'])} seeds"]
         lines += [f"{'':20}{heads}   of another user at {MARKS[-1]}"]
         for name, row in parts["adaptation"].items():
-            cells = "".join(f"{shown(row[str(n)]):>24}" for n in MARKS)
+            cells = "".join(f"{shown(row[str(n)], '.3f'):>24}" for n in MARKS)
             lines.append(
                 f"{name:20}{cells}   {parts['swapped'][name][str(MARKS[-1])]['value']:.2f}"
             )
@@ -221,7 +221,7 @@ def table(result: Mapping[str, Any]) -> str:
         lines += [f"{'':20}{heads}   error / that of the optimum, at the end"]
         for name, row in parts["consolidation"].items():
             cells = "".join(f"{row['gain'][n]['value']:10.4f}" for n in rounds)
-            lines.append(f"{name:20}{cells}   {shown(row['error'])}")
+            lines.append(f"{name:20}{cells}   {shown(row['error'], '.3f')}")
         lines += ["", f"{world}: loss of returning users, what was consolidated is"]
         for keep, values in parts["returning"].items():
             lines.append(f"{keep:20}" + "".join(f"{value:10.3f}" for value in values))
@@ -229,11 +229,6 @@ def table(result: Mapping[str, Any]) -> str:
         for gate, holds in parts["gates"].items():
             lines.append(f"{world}: {gate}: {'yes' if holds else 'NO'}")
     return "\n".join(lines[1:])
-
-
-def shown(row: Mapping[str, float]) -> str:
-    """An interval."""
-    return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
 
 
 def long_rows(world: str, seed: int, found: Found) -> list[tuple[Any, ...]]:
