@@ -167,9 +167,14 @@ def costed(result: Result) -> float:
 def put(path: Path, tier: str, block: str) -> None:
     """Write the block between the tier's marks; at the end of the page where it has none."""
     begin, end = f"<!-- continual {tier} -->", f"<!-- end {tier} -->"
+    between(path, begin, end, f"Continual learning, tier {tier}", block)
+
+
+def between(path: Path, begin: str, end: str, heading: str, block: str) -> None:
+    """Write a block between two marks; under a heading at the page's end where it has none."""
     text = path.read_text("utf-8") if path.exists() else "# Results\n"
     if begin not in text:
-        text = f"{text.rstrip()}\n\n## Continual learning, tier {tier}\n\n{begin}\n{end}\n"
+        text = f"{text.rstrip()}\n\n## {heading}\n\n{begin}\n{end}\n"
     before, _, rest = text.partition(begin)
     _, found, after = rest.partition(end)
     if not found:
