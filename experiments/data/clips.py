@@ -6,7 +6,8 @@ Images stay uint8. An index is written last, so a recording that was cut short i
 Latents of a tokenizer are a folder of the same shards beside it (`Clips.beside`).
 
 Columns are those of a row: `obs.<name>`, action, reward, first, terminal. An episode starts with
-a `first` row, and a row's action led into it.
+a `first` row, and a row's action led into it. Of an episode that is not `labelled` only the
+observations are known: its actions, rewards and terminals are zeros that mean nothing.
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from experiments.config import ConfigError
+from experiments.data.column import Column
 from experiments.envs.rows import Envs, Row
 from experiments.policies import Policy
 from experiments.record.run import write_json
@@ -50,11 +52,12 @@ class Spec(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """Where an episode stands."""
+    """Where an episode stands, and whether what was done in it is known."""
 
     shard: int
     start: int
     length: int
+    labelled: bool = True
 
 
 class Writer:
@@ -66,19 +69,32 @@ class Writer:
             raise ConfigError("path", str(path), "holds a data set", "name a new folder")
         self.path.mkdir(parents=True, exist_ok=True)
         self.shards: list[list[int]] = []  # lengths of the episodes of each
-        self._open: list[Arrays] = []
+        self.unlabelled: list[int] = []  # numbers of episodes, over all shards
+        self._lengths: list[int] = []  # and columns of the shard that is open
+        self._columns: dict[str, Column] = {}
 
     def add(self, episode: Arrays) -> None:
         """Add one episode, from its `first` row to its last."""
-        wanted = {*(f"obs.{name}" for name in self.spec.obs), *FLAGS}
-        if episode.keys() != wanted:
-            raise ValueError(f"an episode has {sorted(wanted)}, not {sorted(episode)}")
-        first = episode["first"]
-        if not len(first) or not first[0] or first[1:].any():
-            raise ValueError("an episode is `first` in its first row and in no other")
-        self._open.append(episode)
-        if sum(len(one["first"]) for one in self._open) >= self.shard:
-            self._flush()
+        self.extend([episode])
+
+    def extend(self, parts: Iterable[Arrays], labelled: bool = True) -> int:
+        """Add one episode as its rows come, in blocks; its length, 0 where none came.
+
+        Nothing stays of an episode whose parts end in an error.
+        """
+        count = 0
+        try:
+            for part in parts:
+                self._check(part, count == 0)
+                for name, rows in part.items():
+                    self._column(name, rows).append(rows)
+                count += len(part["first"])
+        except BaseException:
+            self._back()
+            raise
+        if count:
+            self._end(count, labelled)
+        return count
 
     def close(self) -> None:
         """Write what is open, then the index."""
@@ -86,6 +102,8 @@ class Writer:
         if not self.shards:
             raise ConfigError("data", str(self.path), "not one episode was written", "record more")
         index = {"format": FORMAT, **self.spec.tree(), "shards": self.shards}
+        if self.unlabelled:
+            index["unlabelled"] = self.unlabelled
         write_json(self.path / "index.json", index)
 
     def __enter__(self) -> Self:
@@ -94,13 +112,46 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
+        for column in self._columns.values():
+            column.drop()
+
+    def _check(self, part: Arrays, begins: bool) -> None:
+        wanted = {*(f"obs.{name}" for name in self.spec.obs), *FLAGS}
+        if part.keys() != wanted:
+            raise ValueError(f"an episode has {sorted(wanted)}, not {sorted(part)}")
+        lengths = {name: len(rows) for name, rows in part.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"columns of an episode are of one length, not {lengths}")
+        first = part["first"]
+        if not len(first) or first[0] != begins or first[1:].any():
+            raise ValueError("an episode is `first` in its first row and in no other")
+
+    def _column(self, name: str, rows: np.ndarray) -> Column:
+        if name not in self._columns:
+            path = folder_of(self.path, len(self.shards)) / f"{name}.npy"
+            self._columns[name] = Column(path, rows)
+        return self._columns[name]
+
+    def _end(self, length: int, labelled: bool) -> None:
+        if not labelled:
+            self.unlabelled.append(sum(map(len, self.shards)) + len(self._lengths))
+        self._lengths.append(length)
+        for column in self._columns.values():
+            column.keep()
+        if sum(self._lengths) >= self.shard:
+            self._flush()
+
+    def _back(self) -> None:
+        for column in self._columns.values():
+            column.back() if self._lengths else column.drop()
+        self._columns = self._columns if self._lengths else {}
 
     def _flush(self) -> None:
-        if self._open:
-            columns = {k: np.concatenate([one[k] for one in self._open]) for k in self._open[0]}
-            save_shard(self.path, len(self.shards), columns)
-            self.shards.append([len(one["first"]) for one in self._open])
-            self._open = []
+        if self._lengths:
+            for column in self._columns.values():
+                column.save()
+            self.shards.append(self._lengths)
+            self._lengths, self._columns = [], {}
 
 
 class Clips:
@@ -125,13 +176,18 @@ class Clips:
             raise ConfigError("data", str(path), f"no data set: {error}", way_out) from error
         if index.get("format") != FORMAT:
             raise ConfigError("data", str(path), f"not of format {FORMAT}", "record it again")
-        columns = [load_shard(path, i) for i in range(len(index["shards"]))]
-        return cls(Spec.of(index), list(places(index["shards"])), columns)
+        spec = Spec.of(index)
+        names = [*(f"obs.{name}" for name in spec.obs), *FLAGS]
+        columns = [load_shard(path, i, names) for i in range(len(index["shards"]))]
+        unlabelled = set(index.get("unlabelled", ()))
+        found = enumerate(places(index["shards"]))
+        episodes = [place._replace(labelled=i not in unlabelled) for i, place in found]
+        return cls(spec, episodes, columns)
 
     def beside(self, path: Path, name: str = "latents") -> Self:
         """The same episodes with one more column, from the shards that `translate` wrote."""
-        more = [load_shard(path, i)[name] for i in range(len(self.columns))]
-        columns = [one | {name: x} for one, x in zip(self.columns, more, strict=True)]
+        more = [load_shard(path, i, [name]) for i in range(len(self.columns))]
+        columns = [one | other for one, other in zip(self.columns, more, strict=True)]
         return type(self)(self.spec, self.episodes, columns)
 
     @classmethod
@@ -157,17 +213,23 @@ class Clips:
         return made[0], made[1]
 
     def best(self, share: float) -> Self:
-        """The episodes of the highest returns, at least one."""
-        returns = np.array([self.read(e, 0, e.length)["reward"].sum() for e in self.episodes])
+        """The labelled episodes of the highest returns, at least one; where none is, of all."""
+        known = [e for e in self.episodes if e.labelled] or self.episodes
+        returns = np.array([self.read(e, 0, e.length)["reward"].sum() for e in known])
         count = max(1, round(share * len(returns)))
         order = np.sort(np.argsort(-returns, kind="stable")[:count])
-        return type(self)(self.spec, [self.episodes[i] for i in order], self.columns)
+        return type(self)(self.spec, [known[i] for i in order], self.columns)
 
     def read(self, episode: Episode, start: int, length: int) -> Arrays:
-        """Rows of an episode, as views of the mapped files; fewer where it ends before."""
-        stop = episode.start + min(start + length, episode.length)
-        rows = slice(episode.start + start, stop)
-        return {name: column[rows] for name, column in self.columns[episode.shard].items()}
+        """Rows of an episode, as views of the mapped files; fewer where it ends before.
+
+        One column more than there are files: `labelled` (T,) bool, the episode's.
+        """
+        count = min(length, episode.length - start)
+        rows = slice(episode.start + start, episode.start + start + count)
+        columns = self.columns[episode.shard].items()
+        labelled = np.broadcast_to(np.bool_(episode.labelled), (count,))
+        return {name: column[rows] for name, column in columns} | {"labelled": labelled}
 
     def sample(self, batch: int, length: int, rng: np.random.Generator) -> Arrays:
         """Clips (B, T, ...) of one episode each, uniform over all that there are.
@@ -212,7 +274,7 @@ class Clips:
         Shards that are there already stay; the folder is that of one tokenizer.
         """
         for i, columns in enumerate(self.columns):
-            if not (path / f"{i:05d}" / f"{name}.npy").exists():
+            if not (folder_of(path, i) / f"{name}.npy").exists():
                 count = len(columns["first"])
                 parts = [
                     change({k: v[at : at + blocks] for k, v in columns.items()}, at == 0)
@@ -237,9 +299,14 @@ def places(shards: Sequence[Sequence[int]]) -> Iterator[Episode]:
             start += length
 
 
+def folder_of(path: Path, number: int) -> Path:
+    """Where the columns of a shard are."""
+    return path / f"{number:05d}"
+
+
 def save_shard(path: Path, number: int, columns: Arrays) -> None:
     """One .npy file a column, each whole or not there."""
-    folder = path / f"{number:05d}"
+    folder = folder_of(path, number)
     folder.mkdir(parents=True, exist_ok=True)
     for name, column in columns.items():
         temporary = folder / f"{name}.tmp.npy"
@@ -247,12 +314,14 @@ def save_shard(path: Path, number: int, columns: Arrays) -> None:
         temporary.replace(folder / f"{name}.npy")
 
 
-def load_shard(path: Path, number: int) -> Arrays:
-    """The columns of a shard, mapped."""
-    folder = path / f"{number:05d}"
-    found = sorted(folder.glob("*.npy"))
-    names = [p.name.removesuffix(".npy") for p in found if not p.name.endswith(".tmp.npy")]
-    return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+def load_shard(path: Path, number: int, names: Iterable[str]) -> Arrays:
+    """Columns of a shard, mapped. Raises ConfigError where one is not there, or is damaged."""
+    folder = folder_of(path, number)
+    try:
+        return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+    except (OSError, ValueError) as error:
+        problem, way_out = f"shard {number:05d} is damaged: {error}", "write the data set again"
+        raise ConfigError("data", str(path), problem, way_out) from error
 
 
 def record(envs: Envs, policy: Policy, frames: int, path: Path | str) -> Path:

@@ -8,7 +8,6 @@ import pytest
 from experiments.config import ConfigError
 from experiments.config.models import EnvConfig
 from experiments.data.clips import Arrays, Clips, Spec, Writer, record_episodes
-from experiments.data.convert import convert
 from experiments.envs import Row, make_envs
 from experiments.policies import noisy
 from worldmodel.types import ActionSpec, ObsSpec
@@ -39,6 +38,7 @@ def test_what_was_written_is_read(clips: Clips):
     assert len(clips.columns) == 3 and clips.frames == sum(LENGTHS) and clips.spec == SPEC
     for number, place in enumerate(clips.episodes):
         found, true = clips.read(place, 0, 99), episode(number, LENGTHS[number])
+        assert found.pop("labelled").tolist() == [True] * LENGTHS[number]
         assert found.keys() == true.keys()
         for name, column in found.items():
             assert column.dtype == true[name].dtype and np.array_equal(column, true[name])
@@ -113,32 +113,75 @@ def test_a_translated_column_stands_beside_the_others(clips: Clips):
     clips.translate(Path("more"), "double", 4, lambda *_: pytest.fail("it is there already"))
 
 
+def test_an_episode_comes_in_parts_and_one_that_breaks_off_leaves_nothing():
+    def parts(number: int, length: int, breaks: bool = False):
+        whole = episode(number, length)
+        for at in range(0, length, 2):
+            yield {k: v[at : at + 2] for k, v in whole.items()}
+        if breaks:
+            raise OSError("gone")
+
+    with Writer(Path("parts"), SPEC, shard=6) as writer:
+        assert writer.extend(parts(0, 3)) == 3 and writer.extend(iter([])) == 0
+        with pytest.raises(OSError, match="gone"):
+            writer.extend(parts(7, 9, breaks=True))
+        assert [writer.extend(parts(number, 3)) for number in (1, 2)] == [3, 3]
+    clips = Clips.open(Path("parts"))
+    assert [len(one["first"]) for one in clips.columns] == [6, 3] and len(clips.episodes) == 3
+    for number, place in enumerate(clips.episodes):
+        found, true = clips.read(place, 0, 9), episode(number, 3)
+        assert all(np.array_equal(found[name], true[name]) for name in true)
+    whole = np.load("parts/00000/obs.image.npy")  # as any other reader finds it
+    assert whole.shape == (6, 16, 16, 1) and whole.dtype == np.uint8
+    with pytest.raises(OSError), Writer(Path("gone"), SPEC) as writer:
+        writer.extend(parts(0, 4, breaks=True))
+    assert not [path for path in Path("gone").rglob("*") if path.is_file()]
+
+
+def test_episodes_of_unknown_actions_say_so_in_every_row():
+    with Writer(Path("seen"), SPEC, shard=4) as writer:
+        writer.add(episode(0, 4))
+        writer.extend([episode(1, 3)], labelled=False)
+        writer.add(episode(2, 2))
+    clips = Clips.open(Path("seen"))
+    assert [place.labelled for place in clips.episodes] == [True, False, True]
+    rows = clips.packed(100, 5, np.random.default_rng(0))
+    assert rows["labelled"].dtype == bool and rows["labelled"].shape == (100, 5)
+    assert np.array_equal(rows["labelled"], rows["reward"] // 100 != 1)
+    rows = clips.sample(100, 2, np.random.default_rng(0))
+    assert np.array_equal(rows["labelled"], rows["reward"] // 100 != 1)
+    assert not rows["labelled"].all() and rows["labelled"].any()
+    assert [place.length for place in clips.best(1.0).episodes] == [4, 2]  # their rewards are known
+    only = Clips(clips.spec, clips.episodes[1:2], clips.columns)
+    assert only.best(1.0).episodes == only.episodes  # there are no better ones
+    both = Clips.join([only, clips])
+    assert [place.labelled for place in both.episodes] == [False, True, False, True]
+
+
+def test_damage_is_told_and_other_files_are_not_read(clips: Clips):
+    np.save("data/00000/obs.old.npy", np.zeros(3))
+    assert Clips.open(Path("data")).columns[0].keys() == clips.columns[0].keys()
+    Path("data/00001/reward.npy").write_bytes(b"no array")
+    with pytest.raises(ConfigError, match="shard 00001 is damaged"):
+        Clips.open(Path("data"))
+
+
 def test_half_an_episode_and_half_a_data_set_are_refused():
     writer = Writer(Path("broken"), SPEC)
     with pytest.raises(ValueError, match="`first` in its first row"):
         writer.add({k: v[1:] for k, v in episode(0, 4).items()})
     with pytest.raises(ValueError, match="an episode has"):
         writer.add({"reward": np.zeros(3)})
+    with pytest.raises(ValueError, match="of one length"):
+        writer.add(episode(0, 4) | {"reward": np.zeros(3, np.float32)})
     writer.add(episode(0, 4))
+    with pytest.raises(
+        ValueError, match=r"rows of reward are float64 \(\), those before are float32"
+    ):
+        writer.add(episode(0, 4) | {"reward": np.zeros(4)})
     with pytest.raises(ConfigError, match="no data set"):
         Clips.open(Path("broken"))
     writer.close()
     assert Clips.open(Path("broken")).frames == 4
     with pytest.raises(ConfigError, match="holds a data set"):
         Writer(Path("broken"), SPEC)
-
-
-def test_npz_episodes_are_converted(tmp_path: Path):
-    for number in range(2):
-        one = episode(number, 4)
-        choice = np.array([0, 2, 1, 2])
-        flags = {"reward": one["reward"], "terminal": one["terminal"]}
-        arrays = {"obs.image": one["obs.image"], "action": choice, **flags}
-        np.savez(tmp_path / f"{number}.npz", **arrays)  # pyright: ignore[reportArgumentType]
-    clips = Clips.open(convert(str(tmp_path), tmp_path / "out"))
-    assert clips.spec == SPEC
-    rows = clips.read(clips.episodes[1], 0, 4)
-    assert np.array_equal(rows["action"], [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 1]])
-    assert rows["reward"].tolist() == [0, 101, 102, 103] and rows["terminal"].tolist()[-1]
-    with pytest.raises(ConfigError, match="minari is not installed"):
-        convert("D4RL/none", tmp_path / "other")
