@@ -13,12 +13,11 @@ from torch import Tensor
 
 from agents.offline import OfflineDreamer
 from experiments.config.dreamer4 import PHASES, Dreamer4Config, load_dreamer4
-from experiments.data.clips import Clips, Spec
+from experiments.data.lessons import spec_of
 from experiments.envs import make_envs
-from experiments.offline_loop import EVALUATE, SPEC, build_offline
+from experiments.offline_loop import EVALUATE, build_offline
 from experiments.policies import of_offline, play, uniform
 from experiments.record import Checkpoints, Run, RunError
-from experiments.record.run import read_json
 
 
 class Trained:
@@ -47,12 +46,6 @@ class Trained:
         if self.stage > PHASES.index("imagine"):
             found["imagination"] = self.agent
         return found
-
-
-def spec_of(path: Path, config: Dreamer4Config) -> Spec:
-    """What a run's data are, which may be gone."""
-    known = path / SPEC
-    return Spec.of(read_json(known)) if known.exists() else Clips.open(config.data.path).spec
 
 
 def load_offline(path: Path) -> tuple[Dreamer4Config, OfflineDreamer, torch.device]:

@@ -8,6 +8,7 @@ saw joins the data, and the last two phases go on. What a run holds between upda
 offline_loop.py.
 """
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def learn(config: Dreamer4Config, resume: Path | None = None) -> Path:
     Raises RunError where a gate is not passed: the run can be resumed with more updates.
     """
     work = Work.resume(config, resume) if resume else Work.start(config)
+    for name in work.new:
+        print(f"new {name}", file=sys.stderr)
     with Progress(work.run.path, config, "updates") as progress, work:
         work.show = progress.show
         for stage in work.stages():

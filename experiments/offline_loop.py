@@ -28,11 +28,12 @@ from experiments.config.dreamer4 import (
     Stage,
     TrunkConfig,
     levels_of_phase,
+    load_dreamer4,
 )
 from experiments.config.models import MemoryConfig
 from experiments.counterfactual import counterfactual
 from experiments.data.clips import Clips, Spec, record_episodes
-from experiments.data.lessons import Lessons
+from experiments.data.lessons import SPEC, Lessons
 from experiments.envs import make_envs
 from experiments.envs.known import check_env
 from experiments.envs.rows import Envs
@@ -40,6 +41,7 @@ from experiments.policies import Policy, noisy, of_offline, play, uniform
 from experiments.process import settle
 from experiments.record import CheckpointError, Checkpoints, Run, RunError
 from experiments.record.run import ENDS, State
+from experiments.start import Origin, wrong
 from timescales import Timescales
 from worldmodel import ShortcutDynamics, Tokenizer, Trunk
 from worldmodel.scale import RunningRMS, weighted
@@ -47,7 +49,6 @@ from worldmodel.transformer import MakeMemory
 
 EVALUATE, ACT, MEASURE, DRAW = 1, 3, 4, 5  # whose random numbers: a stream for each
 Show = Callable[[int, Mapping[str, float]], None]  # hears of every line that is reported
-SPEC = "data.json"  # what the run's data are, so that it can act without them
 
 
 def build_offline(config: Dreamer4Config, spec: Spec) -> OfflineDreamer:
@@ -97,7 +98,8 @@ class Work:
         self.agent = build_offline(config, self.spec)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.rng = np.random.default_rng([config.seed, 2])
-        self.phase, self.update, self.total = 0, 0, 0
+        self.phase, self.update, self.total = config.passed, 0, 0
+        self.new: tuple[str, ...] = ()  # parameters that joined the world model begun with
         self.timescales: Timescales | None = None
         self.held_levels: dict[str, Any] | None = None  # their state, until the stage goes on
         self.prior: dict[str, Tensor] = {}
@@ -111,11 +113,18 @@ class Work:
 
     @classmethod
     def start(cls, config: Dreamer4Config) -> Self:
-        """A new run, with the return of random actions as its first line."""
+        """A new run, with the return of random actions as its first line.
+
+        Raises ConfigError, before there is a folder, where it cannot begin with `config.start`.
+        """
+        origin = Origin.of(config)
         work = cls(config, lambda: Run.create(config, Path(config.tracking.root)))
         work.run.start()
         try:
             work.run.write(SPEC, work.spec.tree())
+            if origin is not None:
+                work.new = origin.teach(work.agent)
+                origin.lend(config, work.run.path)
             work.evaluate("random")
             work.save()
         except BaseException:
@@ -126,6 +135,8 @@ class Work:
     @classmethod
     def resume(cls, config: Dreamer4Config, path: Path) -> Self:
         """A run as its last whole checkpoint left it; from here on it is of this configuration."""
+        if config.start != load_dreamer4(path).start:
+            raise wrong(config, f"{path} has begun otherwise", "leave it out, or start a new run")
         work = cls(config, lambda: Run.open(path))
         before = work.run.state
         work.run.start()

@@ -191,6 +191,8 @@ class ShortcutDynamics(nn.Module):
         rows: Tensor,
     ) -> Tensor:
         """Clean frames to be predicted (B, T, S, C): data, or where two half steps lead to."""
+        if not len(rows):
+            return data
         target = data.clone()
         z, actions, first = z[rows], actions[rows], first[rows]
         signal, step = (x[rows] for x in levels)

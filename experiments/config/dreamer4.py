@@ -184,6 +184,11 @@ class Dreamer4Config(Frozen):
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of every random generator")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
     threads: int = Field(default=0, ge=0, description="torch threads; 0 is all cores")
+    start: str | None = Field(
+        default=None,
+        description="folder of a run whose tokenizer and dynamics this one begins with; the "
+        "phases that taught them are passed over",
+    )
     data: DataConfig = DataConfig()
     env: EnvConfig = EnvConfig(id="MiniGrid-Empty-5x5-v0", pixels=True)
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -200,7 +205,13 @@ class Dreamer4Config(Frozen):
     @property
     def frames(self) -> int:
         """Updates of all stages: the length of the run."""
-        return sum(self.settings(stage).updates for stage in self.stages if stage.name in PHASES)
+        owed = self.stages[self.passed :]
+        return sum(self.settings(stage).updates for stage in owed if stage.name in PHASES)
+
+    @property
+    def passed(self) -> int:
+        """Stages that are passed over: those of the world model that the run begins with."""
+        return PHASES.index("finetune") if self.start else 0
 
     @property
     def stages(self) -> tuple[Stage, ...]:

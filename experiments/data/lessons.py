@@ -13,11 +13,13 @@ from torch import Tensor
 
 from agents.offline import Experience
 from experiments.config.dreamer4 import Dreamer4Config
-from experiments.data.clips import Arrays, Clips
+from experiments.data.clips import Arrays, Clips, Spec
+from experiments.record.run import read_json
 from worldmodel import Tokenizer
 from worldmodel.shortcut import Clip
 
 BLOCK = 64  # frames that are encoded at once
+SPEC = "data.json"  # in a run's folder: what its data are, so that it can act without them
 Parts = Sequence[tuple[Clips, int]]  # rows from each
 
 
@@ -94,3 +96,9 @@ class Lessons:
             return z[0].half().cpu().numpy()
 
         return clips.translate(path, "latents", BLOCK, encode)
+
+
+def spec_of(path: Path, config: Dreamer4Config) -> Spec:
+    """What the data of the run in `path` are, which may be gone."""
+    known = path / SPEC
+    return Spec.of(read_json(known)) if known.exists() else Clips.open(config.data.path).spec

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from agents.offline import Experience
 from experiments import cli
 from experiments.config import ConfigError
-from experiments.config.dreamer4 import Dreamer4Config, is_dreamer4, load_dreamer4
-from experiments.data.clips import Clips, record
+from experiments.config.dreamer4 import is_dreamer4, load_dreamer4
+from experiments.data.clips import Clips
 from experiments.data.expert import expert_envs
 from experiments.data.lessons import Lessons, Parts
 from experiments.offline import learn
@@ -22,50 +22,20 @@ from experiments.predict_offline import FILE, load
 from experiments.record import Run, RunError, phases
 from experiments.record.metrics import read
 
+from .tiny_offline import TINY, configure, recorded, reported
+
 LATER = ("dynamics", "finetune", "imagine")
-TINY = [
-    *("name=tiny", "env.num=2", "env.image_size=16", "env.workers=inprocess", "threads=1"),
-    "env.time_limit=6",
-    *("data.path=data", "data.held=3", "data.best=0.5", "episodes=2", "log_every=2"),
-    *("checkpoint.every=2", "tracking.mlflow=false", "tracking.pictures=false"),
-    *("tokenizer.latents=2", "tokenizer.channels=4", "tokenizer.trunk.width=16"),
-    *("dynamics.spatial=2", "dynamics.registers=1", "dynamics.trunk.width=16"),
-    *("dynamics.trunk.layers=2", "tokenizer.trunk.layers=2", "dynamics.k_max=4", "agent.steps=2"),
-    *("agent.units=8", "agent.ahead=2", "agent.horizon=2"),
-    *(
-        f"phases.{phase}.{field}"
-        for phase in ("tokenizer", "dynamics", "finetune", "imagine")
-        for field in ("updates=3", "batch=2", "length=4", "gate=null")
-    ),
-    *("phases.dynamics.long=6", "phases.imagine.critic=1", "counterfactual.frames=3"),
-    "counterfactual.contexts=2",
-]
 
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Half-noisy expert episodes of a room."""
-    config = load_dreamer4(None, TINY)
-    envs, policy = expert_envs(config.env, 2, noise=0.5)
-    return record(envs, policy, 60, tmp_path_factory.mktemp("room") / "data")
+    return recorded(tmp_path_factory.mktemp("room"))
 
 
 ROUNDS = [
     *("online.rounds=2", "online.episodes=2", "online.finetune=3", "online.imagine=2"),
     *("phases.finetune.batch=4", "phases.imagine.batch=4"),
 ]
-
-
-def reported(path: Path) -> list[tuple[int, dict[str, float]]]:
-    """Everything that a run measured, its speed aside."""
-    rows = [(row.step, dict(row.metrics)) for row in read(path / "metrics.jsonl")]
-    for _, metrics in rows:
-        metrics.pop("time/updates_per_s", None)
-    return rows
-
-
-def configure(room: Path, *changes: str) -> Dreamer4Config:
-    return load_dreamer4(None, [*TINY, f"data.path={room}", *changes])
 
 
 @pytest.fixture(scope="module")
