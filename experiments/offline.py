@@ -68,10 +68,10 @@ def act(work: Work) -> None:
 
 def finetune(work: Work) -> None:
     """Imitation of the best recordings, rewards and terminals of all, beside the dynamics' loss."""
-    phase, lessons = work.settings, work.lessons
-    share = work.config.phases.finetune.imitate
-    for _ in work.updates(phase, r"^(dynamics|policy|reward|terminal|ensemble)\."):
-        rows = min(max(1, round(share * phase.batch)), phase.batch - 1)
+    phase, lessons, extra = work.settings, work.lessons, work.config.phases.finetune
+    match = r"^(dynamics|policy|reward|terminal|ensemble)\."
+    for _ in work.updates(phase, match, "imitation", extra.evaluate):
+        rows = min(max(1, round(extra.imitate * phase.batch)), phase.batch - 1)
         parts = [(lessons.best, rows), *lessons.mixed(phase.batch - rows)]
         losses = work.agent.finetune(lessons.experience(parts, phase.length), work.generator)
         work.learn(losses, dict.fromkeys(losses, 1.0))
@@ -83,11 +83,11 @@ def finetune(work: Work) -> None:
 
 def imagine(work: Work) -> None:
     """Policy and value in imagination; the world model and the prior stand still."""
-    phase, lessons = work.settings, work.lessons
-    for _ in work.updates(phase, r"^(policy|value)\."):
+    phase, lessons, extra = work.settings, work.lessons, work.config.phases.imagine
+    for _ in work.updates(phase, r"^(policy|value)\.", "imagination", extra.evaluate):
         clip = lessons.experience(lessons.mixed(phase.batch), phase.length).clip
         dream = work.agent.imagine(clip, work.prior, work.generator)
-        learning = float(work.update >= work.config.phases.imagine.critic)
+        learning = float(work.update >= extra.critic)
         work.learn(dream.losses, {"policy": learning, "value": 1.0}, dream.metrics)
     found = work.evaluate("imagination")
     work.measure(found)

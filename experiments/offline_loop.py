@@ -172,8 +172,13 @@ class Work:
             self.phase, self.update, self.timescales = self.phase + 1, 0, None
             self.save()
 
-    def updates(self, phase: PhaseConfig, match: str) -> Iterator[None]:
-        """Once for each update that the stage still owes to the parameters that match."""
+    def updates(
+        self, phase: PhaseConfig, match: str, policy: str = "", every: int = 0
+    ) -> Iterator[None]:
+        """Once for each update that the stage still owes to the parameters that match.
+
+        After each so-many-th the policy is evaluated under this name; never after the last one.
+        """
         named = [(n, p) for n, p in self.agent.named_parameters() if re.search(match, n)]
         names = [name for name, _ in named]
         levels = levels_of_phase(phase.timescales)
@@ -192,8 +197,10 @@ class Work:
             self.update, self.total = self.update + 1, self.total + 1
             if self.update % self.config.log_every == 0 or self.update == phase.updates:
                 self.log()
-            every = self.config.checkpoint.every
-            if every and self.update % every == 0:
+            if every and self.update % every == 0 and self.update < phase.updates:
+                self.evaluate(policy)
+            saved = self.config.checkpoint.every
+            if saved and self.update % saved == 0:
                 self.save()
 
     def learn(

@@ -29,6 +29,7 @@ from .tree import put
 METHOD = "dreamer4"
 PHASES = ("tokenizer", "dynamics", "finetune", "imagine")
 ROUND = ("act", "finetune", "imagine")  # what each round online goes through again
+BETWEEN = "updates between evaluations in the environment within the phase; 0 only at its end"
 
 
 class TrunkConfig(Frozen):
@@ -125,6 +126,7 @@ class FinetunePhase(PhaseConfig):
     imitate: float = Field(
         default=0.5, gt=0, lt=1, description="share of rows for imitation; others teach dynamics"
     )
+    evaluate: int = Field(default=0, ge=0, description=BETWEEN)
 
 
 class ImaginePhase(PhaseConfig):
@@ -133,6 +135,7 @@ class ImaginePhase(PhaseConfig):
     critic: int = Field(
         default=0, ge=0, description="first updates, in which only the value learns"
     )
+    evaluate: int = Field(default=0, ge=0, description=BETWEEN)
 
 
 class PhasesConfig(Frozen):

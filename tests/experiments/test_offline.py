@@ -33,6 +33,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 ROUNDS = [
+    "phases.finetune.evaluate=1",  # resumed in between: what was reported is reported once
     *("online.rounds=2", "online.episodes=2", "online.finetune=3", "online.imagine=2"),
     *("phases.finetune.batch=4", "phases.imagine.batch=4"),
 ]
@@ -75,6 +76,24 @@ def test_a_run_killed_anywhere_goes_on_bit_for_bit(
     (cut,) = Path("cut").iterdir()
     learn(load_dreamer4(cut), cut)
     assert reported(whole) == reported(cut)
+
+
+def test_evaluations_within_a_phase_make_curves_and_change_nothing(room: Path):
+    often = [f"phases.{phase}.evaluate=2" for phase in ("finetune", "imagine")]
+    updates = [f"phases.{phase}.updates=5" for phase in ("finetune", "imagine")]
+    plain, seen = (learn(configure(room, *updates, *more)) for more in ([], often))
+    found = {
+        name: [step for step, metrics in reported(seen) if f"eval/{name}/return" in metrics]
+        for name in ("imitation", "imagination")
+    }
+    assert found == {"imitation": [8, 10, 11], "imagination": [13, 15, 16]}
+    between = [8, 10, 13, 15]
+    judged = [r for r in reported(seen) if r[0] in between and "train/update" not in r[1]]
+    assert len(judged) == 4
+    assert reported(plain) == [row for row in reported(seen) if row not in judged]
+    figure = phases.draw(phases.gather(seen))
+    drawn = {line.get_color(): np.size(line.get_xdata()) for line in figure.axes[4].lines}
+    assert drawn[phases.RETURNS["imitation"]] == drawn[phases.RETURNS["imagination"]] == 3
 
 
 # ---- offline, then online ------------------------------------------------------------------------
