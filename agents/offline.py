@@ -35,8 +35,8 @@ class Experience(NamedTuple):
     """Recorded sequences, and what each row of them is for."""
 
     clip: Clip
-    reward: Tensor  # (B, T)
-    terminal: Tensor  # (B, T) bool
+    reward: Tensor  # (B, T); of rows that are not labelled it may be anything, NaN too
+    terminal: Tensor  # (B, T) bool; of those nothing is learned
     imitate: Tensor  # (B,) bool: rows whose actions are worth imitating
     predict: Tensor  # (B,) bool: rows of the dynamics' loss
 
@@ -131,13 +131,14 @@ class OfflineDreamer(nn.Module):
         """Losses (B, T) of dynamics, policy, reward and terminal, over their running RMS."""
         clip = batch.clip
         ones = torch.ones_like(batch.reward)
-        predict, imitate = (ones * rows[:, None] for rows in (batch.predict, batch.imitate))
+        rows = (clip.labelled, batch.predict[:, None], batch.imitate[:, None])
+        known, predict, imitate = (ones * each for each in rows)
         losses, feature = self.dynamics.losses(clip, generator, predict)
         losses["dynamics"] = counted(losses["dynamics"], predict)
         losses["policy"] = self._scaled("policy", self._imitation(clip, feature), imitate)
-        losses["reward"] = self._scaled("reward", self._rewards(batch, feature), ones)
+        losses["reward"] = self._scaled("reward", self._rewards(batch, feature), known)
         terminal = self.terminal.loss(self.terminal(feature), batch.terminal.float())
-        losses["terminal"] = self._scaled("terminal", terminal, ones)
+        losses["terminal"] = self._scaled("terminal", terminal, known)
         if self.ensemble is not None:
             losses["ensemble"] = self._foreseen(self.ensemble, clip, feature)
         return losses
@@ -226,9 +227,13 @@ class OfflineDreamer(nn.Module):
         return -(logp * counts).sum(-1)
 
     def _rewards(self, batch: Experience, feature: Tensor) -> Tensor:
-        """Cross-entropy (B, T) of the rewards from each frame on, summed."""
-        reward, same = following(batch.reward, batch.clip.first, len(self.reward.outs), 0)
-        return (twohot(self.reward).loss(self.reward.all(feature), reward) * same).sum(-1)
+        """Cross-entropy (B, T) of the known rewards from each frame on, summed."""
+        clip, count = batch.clip, len(self.reward.outs)
+        reward, same = following(batch.reward, clip.first, count, 0)
+        known, _ = following(clip.labelled, clip.first, count, 0)
+        counts = same & known
+        reward = torch.where(counts, reward, 0.0)
+        return (twohot(self.reward).loss(self.reward.all(feature), reward) * counts).sum(-1)
 
     def _foreseen(self, ensemble: Ensemble, clip: Clip, feature: Tensor) -> Tensor:
         """The ensemble's error (B, T) about the frames that follow each known action."""

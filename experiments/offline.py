@@ -124,8 +124,11 @@ def surprise(work: Work) -> float:
         feature, _ = agent.dynamics.observe(clip, agent.dynamics.initial(64), work.generator)
         logits = agent.policy(feature)
     action, same = following(clip.action, clip.first, 1, 1)
+    known, _ = following(clip.labelled, clip.first, 1, 1)
+    counts = same & known
+    action = torch.where(counts[..., None], action, 0.0)
     found, uniform = (
-        (agent.actions.log_prob(x, action[:, :, 0]) * same[:, :, 0]).sum()
+        (agent.actions.log_prob(x, action[:, :, 0]) * counts[:, :, 0]).sum()
         for x in (logits, torch.zeros_like(logits))
     )
     return float(found / uniform)

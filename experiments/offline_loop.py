@@ -33,7 +33,7 @@ from experiments.config.dreamer4 import (
 from experiments.config.models import MemoryConfig
 from experiments.counterfactual import counterfactual
 from experiments.data.clips import Clips, Spec, record_episodes
-from experiments.data.lessons import SPEC, Lessons
+from experiments.data.lessons import SPEC, Lessons, check_lessons
 from experiments.envs import make_envs
 from experiments.envs.known import check_env
 from experiments.envs.rows import Envs
@@ -94,7 +94,9 @@ class Work:
         check_env(Config(env=config.env))
         self.device = device_of(Config(device=config.device))
         settle(config.threads)
-        self.spec = Clips.open(config.data.path).spec
+        recorded = Clips.open(config.data.path)
+        check_lessons(config, recorded)
+        self.spec = recorded.spec
         self.agent = build_offline(config, self.spec)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.rng = np.random.default_rng([config.seed, 2])
@@ -118,13 +120,19 @@ class Work:
         Raises ConfigError, before there is a folder, where it cannot begin with `config.start`.
         """
         origin = Origin.of(config)
-        work = cls(config, lambda: Run.create(config, Path(config.tracking.root)))
+
+        def create() -> Run:
+            run = Run.create(config, Path(config.tracking.root))
+            if origin is not None:
+                origin.lend(config, run.path)
+            return run
+
+        work = cls(config, create)
         work.run.start()
         try:
             work.run.write(SPEC, work.spec.tree())
             if origin is not None:
                 work.new = origin.teach(work.agent)
-                origin.lend(config, work.run.path)
             work.evaluate("random")
             work.save()
         except BaseException:

@@ -18,8 +18,9 @@ from experiments.config import ConfigError
 from experiments.config.dreamer4 import PHASES, Dreamer4Config, is_dreamer4, load_dreamer4
 from experiments.config.text import flat
 from experiments.data.clips import Clips
-from experiments.data.lessons import spec_of
+from experiments.data.lessons import LABELS, labels_of, spec_of
 from experiments.record import CheckpointError, Checkpoints
+from experiments.record.run import write_json
 from worldmodel.transformer import stack
 
 # What a run may set anew: training's own, and what has no parameters.
@@ -68,11 +69,16 @@ class Origin(NamedTuple):
         return tuple(f"dynamics.{name}" for name in new)
 
     def lend(self, config: Dreamer4Config, folder: Path) -> None:
-        """Latents of the same data as hard links; where that cannot be, they are encoded anew."""
+        """Of the same data: which episodes are labelled, and latents as hard links.
+
+        The world model has seen those actions, and no others may be known now. Where links cannot
+        be, latents are encoded anew.
+        """
         mine, its = config.data, self.config.data
         data = Path(mine.path)
         if (data.resolve(), mine.image) != (Path(its.path).resolve(), its.image):
             return
+        write_json(folder / LABELS, {"seed": labels_of(self.path, self.config)})
         recorded = (data / "index.json").stat().st_mtime
         for file in sorted(self.path.glob("latents/*/latents.npy")):
             if file.stat().st_mtime < recorded:

@@ -62,6 +62,11 @@ class DataConfig(Frozen):
     image: str = Field(default="image", description="the observation that is seen")
     held: int = Field(default=10, ge=2, description="each so-many-th episode is for gates only")
     best: float = Field(default=1.0, gt=0, le=1, description="share of episodes to imitate")
+    labelled: Rate = Field(
+        default=1.0,
+        description="share of episodes whose actions are known; the others are seen as video, "
+        "without their rewards and terminals too; those held out stay as they are",
+    )
 
 
 class TokenizerConfig(Frozen):
@@ -217,6 +222,12 @@ class Dreamer4Config(Frozen):
         return PHASES.index("finetune") if self.start else 0
 
     @property
+    def imitates(self) -> bool:
+        """Whether any stage learns from what was done in the recordings."""
+        stages = [stage for stage in self.stages if stage.name == "finetune"]
+        return any(self.settings(stage).updates for stage in stages)
+
+    @property
     def stages(self) -> tuple[Stage, ...]:
         """The four phases, then those of each round online."""
         rounds = range(1, self.online.rounds + 1)
@@ -291,6 +302,9 @@ def _check(config: Dreamer4Config) -> None:
                 f"width={trunk.width} / heads must be even, heads / groups={trunk.groups} whole",
                 "use powers of two",
             )  # fmt: skip
+    if config.imitates and not config.data.labelled:
+        way_out = "use more than 0, or phases.finetune.updates=0 and no rounds that finetune"
+        raise ConfigError("data.labelled", 0.0, "leaves no action to imitate", way_out)
     members, doubt = config.agent.members, config.agent.doubt
     if members == 1 or (doubt and not members):
         problem = f"cannot disagree, with doubt={doubt:g}"

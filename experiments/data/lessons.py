@@ -2,6 +2,7 @@
 
 Frames are images until the tokenizer is frozen, then latents: those are files in the run's folder,
 written once. Each round's episodes are a data set of their own there, so nothing recorded changes.
+Of episodes that are not labelled nothing but frames is known: their actions and rewards are NaN.
 """
 
 from collections.abc import Sequence
@@ -12,14 +13,17 @@ import torch
 from torch import Tensor
 
 from agents.offline import Experience
+from experiments.config import ConfigError
 from experiments.config.dreamer4 import Dreamer4Config
 from experiments.data.clips import Arrays, Clips, Spec
-from experiments.record.run import read_json
+from experiments.record.run import read_json, write_json
 from worldmodel import Tokenizer
 from worldmodel.shortcut import Clip
 
 BLOCK = 64  # frames that are encoded at once
 SPEC = "data.json"  # in a run's folder: what its data are, so that it can act without them
+LABELS = "labels.json"  # there: the seed that drew which episodes are labelled
+DRAWN = 6  # its stream of random numbers
 Parts = Sequence[tuple[Clips, int]]  # rows from each
 
 
@@ -30,6 +34,8 @@ class Lessons:
         self, config: Dreamer4Config, path: Path, rng: np.random.Generator, device: torch.device
     ):
         self.config, self.path, self.rng, self.device = config, path, rng, device
+        self.labels = labels_of(path, config)
+        write_json(path / LABELS, {"seed": self.labels})
         self.recorded = Clips.open(config.data.path)
         self._share(self.recorded)
         self.acted: Clips | None = None
@@ -54,18 +60,23 @@ class Lessons:
         return self.tensor(arrays[f"obs.{self.config.data.image}"]), self.tensor(arrays["first"])
 
     def experience(self, parts: Parts, length: int) -> Experience:
-        """Rows of each part; of several the first is for imitation, the others for the dynamics."""
+        """Rows of each part; of several the first is for imitation, the others for the dynamics.
+
+        What is not known of a row is NaN, and no terminal.
+        """
         parts = [(clips, count) for clips, count in parts if count]
         found = [clips.packed(count, length, self.rng) for clips, count in parts]
         columns: Arrays = {k: np.concatenate([x[k] for x in found]) for k in found[0]}
-        keys = ("latents", "action", "reward", "first", "terminal")
-        latents, action, reward, first, terminal = (self.tensor(columns[key]) for key in keys)
+        keys = ("latents", "action", "reward", "first", "terminal", "labelled")
+        latents, action, reward, first, terminal, known = (self.tensor(columns[k]) for k in keys)
         row = torch.arange(len(first), device=self.device)
         imitate = row < parts[0][1]
         predict = ~imitate if len(parts) > 1 else imitate
-        known, task = torch.ones_like(first), torch.zeros_like(first, dtype=torch.int64)
-        clip = Clip(latents.float(), action.float(), first, known, task)
-        return Experience(clip, reward.float(), terminal, imitate, predict)
+        task, nothing = torch.zeros_like(first, dtype=torch.int64), torch.nan
+        action = torch.where(known[..., None], action.float(), nothing)
+        clip = Clip(latents.float(), action, first, known, task)
+        reward = torch.where(known, reward.float(), nothing)
+        return Experience(clip, reward, terminal & known, imitate, predict)
 
     def mixed(self, batch: int) -> Parts:
         """Rows of the recordings and, once there are rounds, of the episodes acted in them."""
@@ -80,7 +91,8 @@ class Lessons:
 
     def _share(self, clips: Clips) -> None:
         """What is learned from, what is held out, and what is worth imitating."""
-        self.data, self.held = clips.split(self.config.data.held)
+        data, self.held = clips.split(self.config.data.held)
+        self.data = labelled(data, self.config.data.labelled, self.labels)
         self.best = self.data.best(self.config.data.best)
 
     def _encoded(self, clips: Clips, path: Path, tokenizer: Tokenizer) -> Clips:
@@ -96,6 +108,32 @@ class Lessons:
             return z[0].half().cpu().numpy()
 
         return clips.translate(path, "latents", BLOCK, encode)
+
+
+def labelled(clips: Clips, share: float, seed: int) -> Clips:
+    """The same episodes, of which a share keep what is known of them, at least one.
+
+    Which ones depends on the seed alone; those of a smaller share are among those of a larger one.
+    """
+    known = np.array([i for i, episode in enumerate(clips.episodes) if episode.labelled])
+    count = max(round(share * len(known)), bool(share))
+    order = np.random.default_rng([seed, DRAWN]).permutation(len(known))
+    chosen = set(known[order[:count]].tolist())
+    episodes = [e._replace(labelled=i in chosen) for i, e in enumerate(clips.episodes)]
+    return Clips(clips.spec, episodes, clips.columns)
+
+
+def labels_of(path: Path, config: Dreamer4Config) -> int:
+    """The seed that draws which episodes are labelled in the run in `path`."""
+    known = path / LABELS
+    return int(read_json(known)["seed"]) if known.exists() else config.seed
+
+
+def check_lessons(config: Dreamer4Config, recorded: Clips) -> None:
+    """Raise ConfigError where there is nothing to imitate in what shall be imitated."""
+    if config.imitates and not any(episode.labelled for episode in recorded.episodes):
+        problem, way_out = "holds no known action to imitate", "phases.finetune.updates=0"
+        raise ConfigError("data.path", config.data.path, problem, f"use other data, or {way_out}")
 
 
 def spec_of(path: Path, config: Dreamer4Config) -> Spec:

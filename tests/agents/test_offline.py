@@ -120,6 +120,30 @@ def test_rows_for_imitation_and_rows_for_dynamics_are_told_apart():
     assert (losses["reward"] > 0).all(1).all()
 
 
+def test_of_rows_without_labels_nothing_but_frames_is_learned():
+    """Neither actions nor rewards nor terminals are read, by any loss or gradient."""
+    batch = experience()
+    clip = batch.clip._replace(labelled=batch.clip.labelled.clone())
+    clip.labelled[2:] = False
+    found = []
+    for unknown, ends in ((torch.nan, True), (0.0, False)):
+        agent = make(members=2)
+        rows = clip.labelled
+        action = torch.where(rows[..., None], clip.action, unknown)
+        reward = torch.where(rows, batch.reward, unknown)
+        terminal = torch.where(rows, batch.terminal, torch.tensor(ends))
+        blank = batch._replace(clip=clip._replace(action=action), reward=reward, terminal=terminal)
+        losses = agent.finetune(blank, seeded())
+        torch.stack([loss.mean() for loss in losses.values()]).sum().backward()
+        found.append((losses, [p.grad for p in agent.parameters() if p.grad is not None]))
+    (losses, grads), (others, same) = found
+    for name, loss in losses.items():
+        assert torch.equal(loss, others[name]) and loss.isfinite().all(), name
+    assert all(torch.equal(a, b) for a, b in zip(grads, same, strict=True))
+    assert not losses["reward"][2:].any() and not losses["terminal"][2:].any()
+    assert (losses["dynamics"][2:] > 0).all() and (losses["reward"][:2] > 0).all()
+
+
 def by_hand(agent: OfflineDreamer, feature: Tensor, action: Tensor) -> dict[str, Tensor]:
     """The losses of imagination, written out."""
     reward = twohot(agent.reward).mean(agent.reward(feature))

@@ -33,6 +33,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 ROUNDS = [
+    "data.labelled=0.7",
     "phases.finetune.evaluate=1",  # resumed in between: what was reported is reported once
     *("online.rounds=2", "online.episodes=2", "online.finetune=3", "online.imagine=2"),
     *("phases.finetune.batch=4", "phases.imagine.batch=4"),

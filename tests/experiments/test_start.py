@@ -92,6 +92,13 @@ def test_its_first_update_sees_that_world_model_and_encodes_nothing_again(
     assert latents.stat().st_nlink == 2
 
 
+def test_seeds_over_one_world_model_know_the_same_actions(room: Path, taught: Path):
+    """Else what imitation may not know would have been known to the world model."""
+    half = [begin(room, taught, "data.labelled=0.5", f"seed={seed}") for seed in (1, 2)]
+    found = [[e.labelled for e in work.lessons.data.episodes] for work in half]
+    assert found[0] == found[1] and 0 < sum(found[0]) < len(found[0])
+
+
 def test_of_other_recordings_no_latents_are_taken(room: Path, taught: Path):
     again = shutil.copytree(room, Path("data"))  # copied now: younger than the latents
     (again / "index.json").touch()

@@ -26,10 +26,10 @@ TINY = [
 ]
 
 
-def recorded(folder: Path) -> Path:
+def recorded(folder: Path, frames: int = 60) -> Path:
     """Half-noisy expert episodes of a room."""
     envs, policy = expert_envs(load_dreamer4(None, TINY).env, 2, noise=0.5)
-    return record(envs, policy, 60, folder / "data")
+    return record(envs, policy, frames, folder / "data")
 
 
 def reported(path: Path) -> list[tuple[int, dict[str, float]]]:
