@@ -275,8 +275,9 @@ def checked(asked: argparse.Namespace) -> argparse.Namespace:
         field, _, value = word.partition("=")
         if field in OWN:
             raise ConfigError(field, value, "is set by this suite", OWN[field])
-    asked.seeds, asked.episodes = asked.seeds or tier.seeds, asked.episodes or tier.episodes
     asked.root = asked.root or Path("runs/offline") / f"{Path(asked.preset).stem}-{asked.tier}"
+    seed_config(asked, asked.root, 0)  # what is wrong with it is told before hours of learning
+    asked.seeds, asked.episodes = asked.seeds or tier.seeds, asked.episodes or tier.episodes
     return asked
 
 
@@ -293,7 +294,7 @@ def facts(asked: argparse.Namespace, config: Dreamer4Config, base: Path) -> dict
         "noise": read_json(note)["noise"] if note.exists() else None,
         "played": asked.episodes,
         "evaluation": config.episodes,
-        "success": succeeds(config.env.id),
+        "measures": ["return", *["success"] * succeeds(config.env.id)],
         "fields": asked.overrides,
         "commit": revision(),
         "world": {name: series(rows, f"gate/{key}")[1][-1] for name, key in GATES.items()},

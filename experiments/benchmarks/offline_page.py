@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.benchmarks.offline_play import LEARNED, Curve, Outcome
-from experiments.benchmarks.offline_told import described, measures
+from experiments.benchmarks.offline_told import described
 from experiments.benchmarks.statistics import bootstrap, shown
 from experiments.record.curves import FAINT, INK, PALETTE, Line, label_ends
 
@@ -36,7 +36,7 @@ def draw(
 
     from experiments.record.report import STYLE
 
-    names = measures(result)
+    names = result["measures"]
     with rc_context(STYLE):
         figure = Figure(figsize=(8.2 + 3.4 * len(names), 4.9), layout="constrained")
         figure.get_layout_engine().set(wspace=0.05)  # pyright: ignore

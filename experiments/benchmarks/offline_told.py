@@ -5,7 +5,7 @@ of demonstrations, expert and random actions it is over episodes. Differences ar
 The verdict is read from the interval of imagination minus imitation and from nothing else.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ ABOUT = {
     "imagination": "imagination",
 }
 DIFFERENCE = "imagination - imitation"
-GAP = "imagined - real"
+MEASURES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # of the returns of episodes
+    "return": lambda returns: returns,
+    "success": lambda returns: (returns > 0).astype(float),
+}
 
 
 def summary(
@@ -32,14 +35,13 @@ def summary(
 ) -> dict[str, Any]:
     """Everything that is told, as JSON values; `facts` says what was run and is part of it.
 
-    Where facts["success"] is set, the share of episodes with a return above zero stands beside the
-    return.
+    facts["measures"] are "return" and, where it tells that, "success".
     """
     result: dict[str, Any] = {**facts, "seeds": [one.seed for one in outcomes]}
-    measures = {"return": mean} | ({"success": success} if facts["success"] else {})
-    for name, measure in measures.items():
-        values = {p: np.array([measure(o.returns[p]) for o in outcomes]) for p in LEARNED}
-        rows = {p: of_episodes(x, measure) for p, x in others.items()}
+    for name in facts["measures"]:
+        measure = MEASURES[name]
+        values = {p: np.array([measure(o.returns[p]).mean() for o in outcomes]) for p in LEARNED}
+        rows = {p: of_episodes(measure(x)) for p, x in others.items()}
         rows |= {p: told(bootstrap(x, rng), x) for p, x in values.items()}
         gain = values["imagination"] - values["imitation"]
         signs = {"up": gain > 0, "down": gain < 0, "same": gain == 0}
@@ -69,24 +71,13 @@ def promises(
     }
 
 
-def mean(returns: np.ndarray) -> float:
-    """Mean return."""
-    return float(returns.mean())
-
-
-def success(returns: np.ndarray) -> float:
-    """Share of episodes that return more than zero."""
-    return float((returns > 0).mean())
-
-
 def told(interval: Interval, values: np.ndarray) -> dict[str, Any]:
     """An interval over seeds, and each seed's value."""
     return {**interval._asdict(), "by seed": [float(x) for x in values]}
 
 
-def of_episodes(returns: np.ndarray, measure: Any) -> dict[str, Any]:
+def of_episodes(values: np.ndarray) -> dict[str, Any]:
     """Mean over episodes, with the normal interval: there are many."""
-    values = (returns > 0).astype(float) if measure is success else returns
     wide = 1.96 * values.std() / max(1, len(values) - 1) ** 0.5
     value = float(values.mean())
     return {**Interval(value, value - wide, value + wide)._asdict(), "episodes": len(values)}
@@ -138,14 +129,12 @@ def short(row: Mapping[str, Any]) -> dict[str, float]:
     return {name: row[name] for name in Interval._fields}
 
 
-def measures(result: Mapping[str, Any]) -> list[str]:
-    """What is measured of each policy."""
-    return ["return", *(["success"] if result["success"] else [])]
-
-
 def lines(result: Mapping[str, Any], bold: str = "") -> list[list[str]]:
     """Rows of the table: a policy each, then the difference; `bold` marks what leaves out zero."""
-    names, played = measures(result), f"{len(result['seeds'])} seeds x {result['played']} episodes"
+    names, played = (
+        result["measures"],
+        f"{len(result['seeds'])} seeds x {result['played']} episodes",
+    )
     found = []
     for policy, first in result["return"]["policies"].items():
         over = played if policy in LEARNED else f"{first['episodes']:,} episodes"
@@ -161,7 +150,7 @@ def lines(result: Mapping[str, Any], bold: str = "") -> list[list[str]]:
 
 def by_seed(result: Mapping[str, Any]) -> list[list[str]]:
     """A row a seed: both policies and their difference, then what imagination promised."""
-    gap, names = result["gap"], measures(result)
+    gap, names = result["gap"], result["measures"]
     found = []
     for i, seed in enumerate(result["seeds"]):
         pairs = {name: both(result[name]["policies"], i) for name in names}
@@ -185,7 +174,7 @@ def arrow(values: Iterable[float]) -> str:
 
 def heads(result: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """The heads of both tables."""
-    names = measures(result)
+    names = result["measures"]
     seeds = ["seed", *LEARNED, "gain", *names[1:], "imagined episodes", "returns while dreaming"]
     return ["", *names, "over"], seeds
 
