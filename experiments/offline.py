@@ -74,7 +74,7 @@ def finetune(work: Work) -> None:
         rows = min(max(1, round(extra.imitate * phase.batch)), phase.batch - 1)
         parts = [(lessons.best, rows), *lessons.mixed(phase.batch - rows)]
         losses = work.agent.finetune(lessons.experience(parts, phase.length), work.generator)
-        work.learn(losses, dict.fromkeys(losses, 1.0))
+        work.learn(losses, work.config.scales)
     work.prior = work.agent.prior()
     work.evaluate("imitation")
     found = surprise(work)

@@ -21,6 +21,7 @@ from .models import (
     EnvConfig,
     MemoryConfig,
     NoMemory,
+    Scale,
     TrackingConfig,
 )
 from .text import parse_override
@@ -125,6 +126,16 @@ class DynamicsPhase(PhaseConfig):
     every: Count = Field(default=4, description="each so-many-th batch has long rows")
 
 
+class ScalesConfig(Frozen):
+    """Weights of losses that are each normalised by their running RMS; 0 switches one off."""
+
+    dynamics: Scale = Field(default=1.0, description="weight of the next latents")
+    policy: Scale = Field(default=1.0, description="weight of imitation")
+    reward: Scale = Field(default=1.0, description="weight of rewards")
+    terminal: Scale = Field(default=1.0, description="weight of ends")
+    ensemble: Scale = Field(default=1.0, description="weight of the ensemble, if there is one")
+
+
 class FinetunePhase(PhaseConfig):
     """Gate: surprise about actions held out over that of uniform ones, at most."""
 
@@ -132,6 +143,7 @@ class FinetunePhase(PhaseConfig):
         default=0.5, gt=0, lt=1, description="share of rows for imitation; others teach dynamics"
     )
     evaluate: int = Field(default=0, ge=0, description=BETWEEN)
+    scales: ScalesConfig = ScalesConfig()
 
 
 class ImaginePhase(PhaseConfig):
@@ -233,6 +245,12 @@ class Dreamer4Config(Frozen):
         rounds = range(1, self.online.rounds + 1)
         offline = [Stage(0, name) for name in PHASES]
         return (*offline, *(Stage(i, name) for i in rounds for name in ROUND))
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The weight of each loss of finetuning: of the ensemble's only where there is one."""
+        found = self.phases.finetune.scales.model_dump()
+        return found if self.agent.members else {k: found[k] for k in found if k != "ensemble"}
 
     def settings(self, stage: Stage) -> PhaseConfig:
         """The phase as this stage runs it: in rounds with their updates, and without a gate."""

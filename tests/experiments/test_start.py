@@ -131,6 +131,29 @@ def test_killed_and_resumed_without_its_origin_it_is_bit_equal(
     assert all(torch.equal(w, ends[1][k]) for k, w in ends[0].items())
 
 
+# ---- what finetuning weighs ---------------------------------------------------------------------
+def test_a_loss_of_weight_zero_moves_nothing_of_its_own(room: Path, taught: Path):
+    off = [f"phases.finetune.scales.{name}=0" for name in ("policy", "terminal")]
+    few = ["phases.finetune.updates=1", "phases.imagine.updates=0", "agent.members=2"]
+    heads = ("policy.", "terminal.", "reward.", "ensemble.")
+    for changes, still in ((off, {"policy.", "terminal."}), ([], set())):
+        config = configure(room, f"start={taught}", *few, *changes)
+        fresh = Work.start(config).agent.state_dict()
+        found = weights_of(learn(config))
+        names = [name for name in fresh if name.startswith(heads)]
+        moved = {name for name in names if not torch.equal(fresh[name], found[name])}
+        assert {head for head in heads if not any(n.startswith(head) for n in moved)} == still
+
+
+def test_scales_name_the_losses_there_are(room: Path):
+    names = {"dynamics", "policy", "reward", "terminal"}
+    half = configure(room, "phases.finetune.scales.reward=0.5", "agent.members=2")
+    assert half.scales == dict.fromkeys([*names, "ensemble"], 1.0) | {"reward": 0.5}
+    assert configure(room).scales.keys() == names
+    with pytest.raises(ConfigError, match=r"phases\.finetune\.scales\.ensemble"):
+        configure(room, "phases.finetune.scales.ensembel=1")
+
+
 # ---- more than it had ----------------------------------------------------------------------------
 MORE = ("dynamics.trunk.memory={kind: gated_delta, dim: 4}", "dynamics.trunk.chain=1")
 
