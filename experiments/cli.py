@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.data import command as data
+
 Parser = argparse.ArgumentParser
 
 
@@ -296,38 +298,6 @@ def _runs(args: argparse.Namespace) -> int:
     return 0
 
 
-def _data_arguments(parser: Parser) -> None:
-    parser.add_argument("verb", choices=("record", "convert"), help="what to do")
-    parser.add_argument("paths", nargs="+", metavar="[SOURCE] DEST | field=value",
-        help="record: DEST and fields of env; convert: SOURCE (npz folder, Minari id) and DEST",
-    )  # fmt: skip
-    parser.add_argument(
-        "--policy", default="expert", help="random, expert (MiniGrid) or RUN (default expert)"
-    )
-    parser.add_argument("--noise", type=float, default=0.3, help="random share (default 0.3)")
-    parser.add_argument("--frames", type=_count, default=20_000, help="at least (default 20000)")
-
-
-def _data(args: argparse.Namespace) -> int:
-    from experiments.config import ConfigError
-    from experiments.config.dreamer4 import load_dreamer4
-    from experiments.data.convert import convert, record_policy
-
-    overrides = [word for word in args.paths if "=" in word]
-    paths = [word for word in args.paths if word not in overrides]
-    if len(paths) != (1 if args.verb == "record" else 2):
-        way_out = "record DEST, or convert SOURCE DEST"
-        raise ConfigError("paths", " ".join(paths), f"{args.verb} takes other paths", way_out)
-    if args.verb == "convert":
-        print(f"data    {convert(paths[0], Path(paths[1]))}")
-        return 0
-    config = load_dreamer4(None, overrides)
-    policy = args.policy if args.policy in ("random", "expert") else str(_find_run(args.policy))
-    made = record_policy(Path(paths[0]), policy, config.env, args.frames, args.noise, config.seed)
-    print(f"data    {made}")
-    return 0
-
-
 def _sync_arguments(parser: Parser) -> None:
     _run_argument(parser)
     parser.add_argument("--uri", help="MLflow's tracking store, instead of the configured one")
@@ -411,9 +381,9 @@ COMMANDS = {
     "data": Command(
         "record episodes, or convert recorded ones",
         "Record episodes of a policy as clips to learn from offline, or convert other formats.",
-        "nested data record data/minigrid-empty --policy expert --noise 0.3 --frames 20000",
-        _data_arguments,
-        _data,
+        data.EXAMPLES,
+        data.arguments,
+        lambda args: data.run(args, _find_run),
     ),
     "sync": Command(
         "send a run's metrics to MLflow",

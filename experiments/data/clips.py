@@ -60,13 +60,18 @@ class Episode(NamedTuple):
     labelled: bool = True
 
 
+def check_free(path: Path) -> None:
+    """Raises ConfigError where a data set is."""
+    if (path / "index.json").exists():
+        raise ConfigError("path", str(path), "holds a data set", "name a new folder")
+
+
 class Writer:
     """Writes episodes of columns (T, ...) to a new data set; `close`, or leave `with`, to end."""
 
     def __init__(self, path: Path, spec: Spec, shard: int = SHARD):
         self.path, self.spec, self.shard = Path(path), spec, shard
-        if (self.path / "index.json").exists():
-            raise ConfigError("path", str(path), "holds a data set", "name a new folder")
+        check_free(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         self.shards: list[list[int]] = []  # lengths of the episodes of each
         self.unlabelled: list[int] = []  # numbers of episodes, over all shards

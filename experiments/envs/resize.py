@@ -17,15 +17,16 @@ def overlaps(source: int, target: int) -> np.ndarray:
     return np.maximum(high - low, 0).astype(np.float32)
 
 
-def area_resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes (H, W, C) uint8 to (size, size, C) uint8, halves rounded up."""
+def area_resize(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """Resizes (H, W, C) uint8 to (size, size, C), or (*size, C), uint8, halves rounded up."""
     height, width, channels = image.shape
-    if (height, width) == (size, size):
+    tall, wide = (size, size) if isinstance(size, int) else size
+    if (height, width) == (tall, wide):
         return image
     area = height * width
     dtype = np.float32 if 255 * area < 2**24 else np.float64  # integers up to there are exact
-    rows = overlaps(height, size).astype(dtype, copy=False)
-    columns = overlaps(width, size).astype(dtype, copy=False)
-    summed = (rows @ image.reshape(height, -1).astype(dtype)).reshape(size, width, channels)
+    rows = overlaps(height, tall).astype(dtype, copy=False)
+    columns = overlaps(width, wide).astype(dtype, copy=False)
+    summed = (rows @ image.reshape(height, -1).astype(dtype)).reshape(tall, width, channels)
     total = np.matmul(columns, summed).astype(np.int64)
     return ((2 * total + area) // (2 * area)).astype(np.uint8)
