@@ -41,6 +41,9 @@ PROMISES = {
     "hallucination_away": ("not at the bench", PALETTE[5]),
 }
 
+NOTHING = "nothing recorded yet"
+TAUGHT = ("tokenizer", "dynamics")  # what a run may begin with
+
 
 class Facts(NamedTuple):
     """Everything that the panels draw."""
@@ -88,12 +91,18 @@ def draw_title(figure: "Figure", facts: Facts) -> None:
     step = rows[-1].step if rows else 0
     rounds = (facts.config.get("online") or {}).get("rounds", 0)
     environment = str((facts.config.get("env") or {}).get("id", ""))
+    origin = f"begun with {begun(facts)}" if begun(facts) else ""
     what = f"offline, then {rounds} round{'s' * (rounds > 1)} online" if rounds else "offline"
     ending = run.state if run.state in ("failed", "stopped") else ""
-    parts = [environment, what, f"{step:,} updates in {duration(took)}", ending]
+    parts = [environment, what, origin, f"{step:,} updates in {duration(took)}", ending]
     figure.text(0.05, 0.972, run.id, fontsize=18, fontweight="bold", color=INK)
     figure.text(0.05, 0.953, "   ·   ".join(filter(None, parts)), fontsize=11.5, color="#555555")
     figure.text(0.05, 0.933, outcome(facts), fontsize=11.5, color=INK)
+
+
+def begun(facts: Facts) -> str:
+    """The name of the run whose world model this one begins with, if there is one."""
+    return Path(str(facts.config.get("start") or "")).name
 
 
 def outcome(facts: Facts) -> str:
@@ -127,7 +136,8 @@ def draw_losses(axes: "Axes", facts: Facts, phase: str) -> None:
     axes.set_xlabel("update")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(axis="y")
-    say_if_empty(axes)
+    taught = begun(facts) and phase in TAUGHT
+    say_if_empty(axes, "that of the run begun with" if taught else NOTHING)
 
 
 def gate(facts: Facts, phase: str) -> str:
@@ -151,6 +161,9 @@ def draw_returns(axes: "Axes", facts: Facts) -> None:
         axes.plot(line.x, line.y, color=line.colour, linewidth=1.8, marker="o", markersize=5)
         if len(line.y) == 1:
             axes.axhline(line.y[0], color=line.colour, linewidth=0.8, linestyle=(0, (4, 3)))
+    found = [value for line in lines for value in line.y]
+    if found and max(found) == min(found):
+        axes.set_ylim(found[0] - 0.5, found[0] + 0.5)
     label_ends(axes, lines)
     episodes = facts.config.get("episodes")
     axes.set_title(f"Return in the environment, {episodes} episodes a point", fontsize=10)
@@ -234,8 +247,10 @@ def draw_psnr(axes: "Axes", facts: Facts) -> None:
     say_if_empty(axes)
 
 
-def say_if_empty(axes: "Axes") -> None:
-    """A panel without data says so."""
+def say_if_empty(axes: "Axes", text: str = NOTHING) -> None:
+    """A panel without data says so, and has no scale."""
     if not axes.collections and not any(len(line.get_path()) for line in axes.lines):
+        axes.set(xticks=[], yticks=[])
+        axes.minorticks_off()
         place = {"transform": axes.transAxes, "ha": "center", "va": "center"}
-        axes.text(0.5, 0.5, "nothing recorded yet", color=FAINT, **place)
+        axes.text(0.5, 0.5, text, color=FAINT, **place)

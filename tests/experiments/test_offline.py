@@ -193,6 +193,8 @@ def test_the_report_shows_phases_rounds_and_what_is_imagined(whole: Path):
     assert [np.size(line.get_xdata()) for line in gap.lines] == [3, 3]
     empty = phases.draw(phases.Facts(Run.open(whole), {}, [], None))
     assert words(empty).count("nothing recorded yet") == 9
+    begun = words(phases.draw(phases.Facts(Run.open(whole), {"start": "runs/one"}, [], None)))
+    assert begun.count("nothing recorded yet") == 7 and "begun with one" in begun
 
 
 def words(figure: Figure) -> str:
