@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.benchmarks.cells import PAUSE, claim
-from experiments.benchmarks.offline_play import Outcome, outcome, references, succeeds
+from experiments.benchmarks.offline_play import Outcome, outcome, references, succeeds, whole
 from experiments.config import Config, ConfigError
 from experiments.config.dreamer4 import METHOD, Dreamer4Config, load_dreamer4
 from experiments.config.load import read_tree
@@ -133,6 +133,9 @@ def finished(config: Dreamer4Config) -> Path:
     found = {s.state: s.path for s in runs(root) if is_of(s.path, config)}
     if "finished" in found:
         return found["finished"]
+    if "running" in found:
+        problem = f"{found['running']} is training in another process"
+        raise ConfigError("run", str(root), problem, "wait for it, then repeat this command")
     half = found.get("stopped") or found.get("failed")
     try:
         return learn(config, half if half and any((half / "checkpoints").glob("*")) else None)
@@ -165,8 +168,9 @@ def demonstrate(config: Dreamer4Config, asked: argparse.Namespace) -> None:
         noise = 0.3 if asked.noise is None else asked.noise
         frames = asked.frames or tier.frames
         print(f"data: {frames:,} frames of the expert, noise {noise:g}", file=sys.stderr)
-        record_policy(path, "expert", config.env, frames, noise)
+        path.mkdir(parents=True, exist_ok=True)
         write_json(note, {"env": scene(config), "noise": noise, "frames": frames})
+        record_policy(path, "expert", config.env, frames, noise)
     elif note.exists():
         known = read_json(note)
         wanted = {"env": scene(config), "noise": asked.noise, "frames": asked.frames}
@@ -277,7 +281,9 @@ def checked(asked: argparse.Namespace) -> argparse.Namespace:
             raise ConfigError(field, value, "is set by this suite", OWN[field])
     asked.root = asked.root or Path("runs/offline") / f"{Path(asked.preset).stem}-{asked.tier}"
     seed_config(asked, asked.root, 0)  # what is wrong with it is told before hours of learning
-    asked.seeds, asked.episodes = asked.seeds or tier.seeds, asked.episodes or tier.episodes
+    if asked.results and not asked.results.parent.is_dir():
+        raise ConfigError("--results", str(asked.results), "is in no folder", "make the folder")
+    asked.seeds, asked.episodes = asked.seeds or tier.seeds, whole(asked.episodes or tier.episodes)
     return asked
 
 

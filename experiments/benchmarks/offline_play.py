@@ -48,6 +48,12 @@ def succeeds(env: str) -> bool:
     return env.startswith(("MiniGrid-", "BabyAI-")) or env == recipes.ID
 
 
+def whole(episodes: int) -> int:
+    """So many episodes, or the few more that give each slot as many."""
+    slots = min(episodes, SLOTS)
+    return -(-episodes // slots) * slots
+
+
 def outcome(path: Path, config: Dreamer4Config, episodes: int) -> Outcome:
     """All that is compared of a finished run; its policies play where they have not yet."""
     rows = read(path / "metrics.jsonl")

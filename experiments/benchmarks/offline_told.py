@@ -13,7 +13,13 @@ import numpy as np
 
 from experiments.benchmarks.offline_play import LEARNED, Outcome, Returns
 from experiments.benchmarks.results import between, tabled
-from experiments.benchmarks.statistics import Interval, bootstrap, paired_bootstrap, shown
+from experiments.benchmarks.statistics import (
+    RESAMPLES,
+    Interval,
+    bootstrap,
+    paired_bootstrap,
+    shown,
+)
 
 FEW, ENOUGH = 3, 10  # seeds: fewer give no verdict; fewer give one that is only a hint
 ABOUT = {
@@ -41,7 +47,7 @@ def summary(
     for name in facts["measures"]:
         measure = MEASURES[name]
         values = {p: np.array([measure(o.returns[p]).mean() for o in outcomes]) for p in LEARNED}
-        rows = {p: of_episodes(measure(x)) for p, x in others.items()}
+        rows = {p: of_episodes(measure(x), rng) for p, x in others.items()}
         rows |= {p: told(bootstrap(x, rng), x) for p, x in values.items()}
         gain = values["imagination"] - values["imitation"]
         signs = {"up": gain > 0, "down": gain < 0, "same": gain == 0}
@@ -76,11 +82,11 @@ def told(interval: Interval, values: np.ndarray) -> dict[str, Any]:
     return {**interval._asdict(), "by seed": [float(x) for x in values]}
 
 
-def of_episodes(values: np.ndarray) -> dict[str, Any]:
-    """Mean over episodes, with the normal interval: there are many."""
-    wide = 1.96 * values.std() / max(1, len(values) - 1) ** 0.5
-    value = float(values.mean())
-    return {**Interval(value, value - wide, value + wide)._asdict(), "episodes": len(values)}
+def of_episodes(values: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    """Mean over episodes; of very many fewer resamples are enough."""
+    resamples = max(200, min(RESAMPLES, 2_000_000 // len(values)))
+    found = bootstrap(values, rng, resamples=resamples)
+    return {**found._asdict(), "episodes": len(values)}
 
 
 # ---- words -------------------------------------------------------------------------------------

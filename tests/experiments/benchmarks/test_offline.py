@@ -59,6 +59,7 @@ def test_a_repeated_command_runs_nothing_and_more_seeds_are_added(
     done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     before = (done / "offline.json").read_text()
+    monkeypatch.setattr(offline_page, "draw", lambda *_: None)
     words = [*SMOKE, "--root", str(done), "--json", "--seeds"]
     with monkeypatch.context() as patch:
         patch.setattr("experiments.offline.learn", lambda *_: pytest.fail("it is finished"))
@@ -106,6 +107,10 @@ def test_what_was_played_is_played_again_for_other_episodes(tmp_path: Path):
         assert found["random"].tolist() == [0.25, 1.0] and len(made) == times
 
 
+def test_each_slot_plays_as_many():
+    assert [offline_play.whole(n) for n in (3, 25, 26, 100, 110)] == [3, 25, 50, 100, 125]
+
+
 def test_processes_share_the_seeds_and_one_that_dies_is_replaced(
     done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -121,6 +126,7 @@ def test_processes_share_the_seeds_and_one_that_dies_is_replaced(
         wait = terminate = poll
 
     monkeypatch.setattr(offline, "subprocess", Namespace(Popen=Dead))
+    monkeypatch.setattr(offline_page, "draw", lambda *_: None)
     assert offline.main([*SMOKE, "--root", str(done), "--seeds", "1", "--jobs", "2"]) == 0
     assert [command[-1] for command in started] == ["--worker"]  # no more than there are seeds
     told = capsys.readouterr()
@@ -174,6 +180,7 @@ def test_what_changes_behaviour_alone_shares_the_world_model():
     [
         (["--seeds", "0"], "give 1 or more"),
         (["--noise", "1.5"], "give 0 to 1"),
+        (["--results", "nowhere/page.md"], "make the folder"),
         (["seed=3"], "--seeds"),
         (["start=runs/x"], "own world model"),
         (["online.rounds=1"], "from recordings alone"),
@@ -211,6 +218,9 @@ def test_a_run_that_was_killed_goes_on(checkpoint: bool, monkeypatch: pytest.Mon
     other = config.model_copy(update={"seed": 5})
     offline.finished(other)
     assert given[-1] is None
+    Run.open(half).start()
+    with pytest.raises(ConfigError, match="in another process"):
+        offline.finished(config)
 
 
 def test_a_gate_that_is_missed_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch):
@@ -311,8 +321,8 @@ def test_a_summary_pairs_seeds():
     assert policies["demonstrations"]["episodes"] == 2
     gap = result["gap"]["difference"]
     assert (gap["low"], gap["value"], gap["high"]) == pytest.approx((0.25, 0.25, 0.25))
-    width = 1.96 * 0.2 * np.sqrt(2) / np.sqrt(2)
-    assert result["return"]["policies"]["random"]["high"] == pytest.approx(0.2 + width)
+    random = result["return"]["policies"]["random"]  # an interval over its two episodes
+    assert (random["low"], random["value"], random["high"]) == pytest.approx((0.0, 0.2, 0.4))
     json.dumps(result)
 
 
