@@ -80,8 +80,9 @@ class ShortcutDynamics(nn.Module):
     kind; tasks: how many the agents may be given; k_max: finest sampling steps; bootstrap: share
     of rows that draw their step size (zero: no shortcuts, one: as the paper prints it), all
     others take the smallest; apart: share of rows seen as separate images, for start frames;
-    context_noise: of the frames in a context. prediction, loss, weight: PREDICTIONS, LOSSES and
-    WEIGHTS by name.
+    context_noise: of the frames in a context, at the nearest level; where only clean frames, which
+    no training saw, are nearer than its finest level, that is told and the noise stays as asked.
+    prediction, loss, weight: PREDICTIONS, LOSSES and WEIGHTS by name.
     """
 
     def __init__(
@@ -109,13 +110,16 @@ class ShortcutDynamics(nn.Module):
             raise ValueError(f"latents={latents} do not divide into spatial={spatial} tokens")
         if action < 1:
             raise ValueError(f"action={action}: one entry, never labelled, stands for no actions")
-        if k_max < 1 or k_max & (k_max - 1):
-            raise ValueError(f"k_max={k_max} must be a power of two")
+        if k_max < 2 or k_max & (k_max - 1):
+            # of one level alone frames are noise and nothing else: no past could be read
+            raise ValueError(f"k_max={k_max} must be a power of two, from 2 on")
         width, packed = trunk.width, count * channels // spatial
         self.latents, self.spatial, self.packed = latents, spatial, packed
         self.agents, self.k_max, self.finest = agents, k_max, k_max.bit_length() - 1
         self.bootstrap, self.apart = bootstrap, apart
-        self.kept = round((1 - context_noise) * k_max)  # signal level of a context's frames
+        nearest = round((1 - context_noise) * k_max)
+        self.kept = min(nearest, k_max - 1)  # the level that a context's frames are told
+        self.clear = nearest / k_max if nearest < k_max else 1 - context_noise
         self.predict, self.space, self.weigh = (
             PREDICTIONS[prediction],
             LOSSES[loss],
@@ -213,7 +217,7 @@ class ShortcutDynamics(nn.Module):
         data = self.pack(clip.latents)
         signal = torch.full_like(clip.task, self.kept)
         levels = Levels(signal, torch.full_like(signal, self.finest))
-        z = torch.lerp(normal(data, generator), data, self.tau(signal))
+        z = torch.lerp(normal(data, generator), data, self.clear)
         tokens = self._all(z, levels, self._actions(clip), clip.task)
         x, context = self.transformer.extend(tokens, context, clip.first)
         return self._look(x)[1], context

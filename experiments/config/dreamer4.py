@@ -83,7 +83,7 @@ class DynamicsConfig(Frozen):
     spatial: Count = Field(default=8, description="tokens that a frame's latents become")
     registers: Count = Field(default=4, description="register tokens")
     agents: Count = Field(default=1, description="agent tokens")
-    k_max: Count = Field(default=8, description="finest sampling steps, a power of two")
+    k_max: int = Field(default=8, ge=2, description="finest sampling steps, a power of two")
     bootstrap: Rate = Field(default=0.25, description="share of rows that draw a step size")
     apart: Rate = Field(default=0.3, description="share of rows seen as separate images")
     context_noise: Rate = Field(default=0.1, description="noise of frames in a context")

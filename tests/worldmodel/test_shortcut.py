@@ -198,15 +198,27 @@ def test_features_come_frame_by_frame_as_in_one_and_never_from_the_future():
     assert not torch.isclose(other[0, 4:], whole[0, 4:]).all()
 
 
-@pytest.mark.parametrize("k_max, level", [(8, 7), (64, 58)])
-def test_frames_of_a_context_are_noised_to_the_nearest_level_that_they_are_told(
-    k_max: int, level: int
+@pytest.mark.parametrize(
+    "k_max, noise, level, clear",
+    [
+        (8, 0.1, 7, 7 / 8),
+        (64, 0.1, 58, 58 / 64),
+        (8, 0.4, 5, 5 / 8),
+        (4, 0.1, 3, 0.9),  # the nearest is 4, clean frames, a level that is never trained
+        (2, 0.1, 1, 0.9),
+        (2, 0.5, 1, 0.5),
+        (8, 0.0, 7, 1.0),
+    ],
+)
+def test_frames_of_a_context_are_noised_and_told_the_nearest_level_of_training(
+    k_max: int, noise: float, level: int, clear: float
 ):
-    model, clip = make(k_max=k_max), clips()
-    assert model.kept == level
+    model, clip = make(k_max=k_max, context_noise=noise), clips()
+    trained = model.draw(torch.arange(64), 64, 64, seeded()).signal.unique().tolist()
+    assert model.kept == level and trained == list(range(k_max))
     feature, _ = model.observe(clip, model.initial(4), seeded())
     data = model.pack(clip.latents)
-    z = data * level / k_max + normal(data, seeded()) * (1 - level / k_max)
+    z = data * clear + normal(data, seeded()) * (1 - clear)
     told = Levels(torch.full((4, 6), level), torch.full((4, 6), model.finest))
     tokens = model._all(z, told, model._actions(clip), clip.task)
     assert torch.allclose(model._look(model.transformer(tokens, clip.first))[1], feature, atol=1e-5)
@@ -226,7 +238,7 @@ def test_a_frame_is_sampled_by_euler_steps_after_its_context(prediction: Any, st
     whole = network(model, clip)
     d = 1 / steps
     for i in range(steps):  # the same, on the whole sequence without a context
-        signal = torch.full((4, 6), 8)
+        signal = torch.full((4, 6), model.kept)
         step = torch.full((4, 6), 3)
         signal[:, 5], step[:, 5] = 8 * i // steps, steps.bit_length() - 1
         out = whole(torch.cat([model.pack(old.latents), z], 1), signal, step)[:, 5:]
@@ -281,6 +293,15 @@ def test_it_learns_a_few_clips_by_heart_at_every_step_size():
         assert error.square().mean() < data.var() / 2
 
 
+def test_no_row_of_shortcuts_is_no_pass_at_all():
+    """A memory has no state for no rows; and there is nothing to learn from them."""
+    model, clip = make(bootstrap=0.0), clips()
+    trunk = Trunk(16, 3, 2, 1, 2, context=8, memory=MEMORIES["delta"])
+    model.transformer = Transformer(trunk, model.core + model.agents, model.transformer.among)
+    losses, _ = model.losses(clip, seeded())
+    assert (losses["dynamics"] > 0).all()
+
+
 def test_long_batches_come_at_regular_updates():
     lengths = Lengths(short=4, long=12, every=3)
     assert [lengths.at(update) for update in range(1, 7)] == [4, 4, 12, 4, 4, 12]
@@ -288,7 +309,11 @@ def test_long_batches_come_at_regular_updates():
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"k_max": 6}, "k_max=6"), ({"spatial": 4}, r"latents=\(3, 2\).*spatial=4")],
+    [
+        ({"k_max": 6}, "k_max=6"),
+        ({"k_max": 1}, "k_max=1 must.*from 2 on"),
+        ({"spatial": 4}, r"latents=\(3, 2\).*spatial=4"),
+    ],
 )
 def test_sizes_that_do_not_fit_are_named(options: dict[str, int], message: str):
     with pytest.raises(ValueError, match=message):
@@ -320,7 +345,7 @@ def test_with_memories_frames_from_the_cache_are_those_of_the_whole_sequence():
         noise.append(normal(clip.latents[:, :1].reshape(4, 1, 2, 3), g))
     signal = torch.full_like(clip.task, model.kept)
     levels = Levels(signal, torch.full_like(signal, model.finest))
-    z = torch.lerp(torch.cat(noise, 1), model.pack(clip.latents), model.tau(signal))
+    z = torch.lerp(torch.cat(noise, 1), model.pack(clip.latents), model.clear)
     tokens = model._all(z, levels, model._actions(clip), clip.task)
     whole = model._look(model.transformer(tokens, clip.first))[1]
     assert (torch.cat(found, 1) - whole).abs().max() <= 1e-4
