@@ -23,6 +23,7 @@ from .models import (
     NoMemory,
     Scale,
     TrackingConfig,
+    Whole,
 )
 from .text import parse_override
 from .tree import put
@@ -192,7 +193,7 @@ class Stage(NamedTuple):
     name: str
 
 
-class Dreamer4Config(Frozen):
+class Dreamer4Config(Whole):
     """Everything that an offline run depends on, its data aside."""
 
     method: Literal["dreamer4"] = METHOD
@@ -258,22 +259,6 @@ class Dreamer4Config(Frozen):
         if not stage.round:
             return phase
         return phase.model_copy(update={"updates": vars(self.online)[stage.name], "gate": None})
-
-    def tree(self) -> dict[str, Any]:
-        """Nested dictionaries of plain values, under the names used in YAML."""
-        return self.model_dump(mode="json", by_alias=True)
-
-    def dump(self) -> str:
-        """YAML text that loads to this very configuration."""
-        from .text import to_yaml
-
-        return to_yaml(self.tree())
-
-    def flatten(self) -> dict[str, str | int | float | bool | None]:
-        """Dotted path -> scalar; a list becomes its YAML text in one line."""
-        from .text import flat
-
-        return flat(self.tree())
 
 
 def is_dreamer4(source: str | Path | None) -> bool:

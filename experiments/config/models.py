@@ -313,7 +313,27 @@ class TrackingConfig(Frozen):
     pictures: bool = Field(default=True, description="draw the report and a prediction at the end")
 
 
-class Config(Frozen):
+class Whole(Frozen):
+    """A whole configuration, as others read it."""
+
+    def tree(self) -> dict[str, Any]:
+        """Nested dictionaries of plain values, under the names used in YAML."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def dump(self) -> str:
+        """YAML text that loads to this very configuration."""
+        from .text import to_yaml
+
+        return to_yaml(self.tree())
+
+    def flatten(self) -> dict[str, str | int | float | bool | None]:
+        """Dotted path -> scalar; a list becomes its YAML text in one line."""
+        from .text import flat
+
+        return flat(self.tree())
+
+
+class Config(Whole):
     """Everything that a run depends on."""
 
     name: str = Field(
@@ -342,22 +362,6 @@ class Config(Frozen):
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
-
-    def tree(self) -> dict[str, Any]:
-        """Nested dictionaries of plain values, under the names used in YAML."""
-        return self.model_dump(mode="json", by_alias=True)
-
-    def dump(self) -> str:
-        """YAML text that loads to this very configuration."""
-        from .text import to_yaml
-
-        return to_yaml(self.tree())
-
-    def flatten(self) -> dict[str, str | int | float | bool | None]:
-        """Dotted path -> scalar; a list becomes its YAML text in one line."""
-        from .text import flat
-
-        return flat(self.tree())
 
 
 __all__ = ["SCALES", "SIZED", "SIZES", "Config", "LevelConfig", "Levels"]
