@@ -209,6 +209,8 @@ def _train_offline(
     if show:
         print(config.dump(), end="")
         return 0
+    if resume:
+        _say_changes(load_dreamer4(resume).flatten(), config.flatten())
     from experiments.offline import learn
 
     _say_done(learn(config, resume), config.tracking.uri if config.tracking.mlflow else None)

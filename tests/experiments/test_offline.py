@@ -202,13 +202,22 @@ def words(figure: Figure) -> str:
     return "\n".join(text.get_text() for text in texts)
 
 
-def test_a_gate_stops_the_run_and_more_updates_go_on(room: Path):
+def test_a_gate_stops_the_run_and_more_updates_go_on_and_are_told(
+    room: Path, capsys: pytest.CaptureFixture[str]
+):
     with pytest.raises(RunError, match=r"phase tokenizer ends with psnr=.*updates=6"):
         learn(configure(room, "phases.tokenizer.gate=90"))
     (path,) = Path("runs").iterdir()
     assert json.loads((path / "run.json").read_text())["state"] == "stopped"
     more = ["phases.tokenizer.updates=4", "phases.tokenizer.gate=0"]
-    learn(load_dreamer4(path, [*more, *(f"phases.{p}.updates=0" for p in LATER)]), path)
+    more += [f"phases.{phase}.updates=0" for phase in LATER]
+    assert cli.main(["train", "--resume", str(path), *more]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("changed")]
+    assert told == [
+        *(f"changed phases.{phase}.updates: 3 -> 0" for phase in LATER),
+        "changed phases.tokenizer.gate: 90.0 -> 0.0",
+        "changed phases.tokenizer.updates: 3 -> 4",
+    ]
     assert read(path / "metrics.jsonl")[-1].step == 4
 
 
