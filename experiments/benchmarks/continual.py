@@ -10,7 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from experiments.benchmarks.agent_methods import AGENT_METHODS
 from experiments.benchmarks.baselines import METHODS
 from experiments.benchmarks.board import Board, table
 from experiments.benchmarks.cells import Cell, Family, Result, collect, run_cells, there
+from experiments.benchmarks.names import names_in
 from experiments.benchmarks.results import page_of, put
 from experiments.benchmarks.streams import NAMES
 from experiments.benchmarks.summary import Gate, failures, summarise
@@ -118,10 +119,11 @@ def cells_of(asked: argparse.Namespace) -> list[Cell]:
     """The tier's cells with what the command line changes, all of them able to run."""
     plans = TIERS[asked.tier].plans
     listed = [plan.stream for plan in plans]
-    streams = named(asked.streams, listed, "--streams") or listed
+    streams = names_in(asked.streams, listed, "--streams", "stream") or listed
     plans = [plan for plan in plans if plan.stream in streams]
     families = [FAMILIES[plan.stream] for plan in plans]
-    methods = named(asked.methods, {name: "" for f in families for name in f.methods}, "--methods")
+    known = dict.fromkeys(name for family in families for name in family.methods)
+    methods = names_in(asked.methods, known, "--methods", "method")
     fields = {name: default for family in families for name, default in family.fields.items()}
     changes = dict(change(word, fields) for word in asked.changes)
     if asked.seeds is not None and asked.seeds < 1:
@@ -153,17 +155,6 @@ def change(word: str, fields: Mapping[str, Any]) -> tuple[str, Any]:
     except ValueError:
         kind, example = type(default).__name__, f"for example {field}={default}"
         raise ConfigError(field, text, f"is no {kind}", example) from None
-
-
-def named(text: str | None, known: Iterable[str], option: str) -> tuple[str, ...]:
-    """The names in `a,b`, all of them known; none for none. Raises ConfigError."""
-    words = tuple(text.split(",")) if text else ()
-    for word in words:
-        if word not in (known := list(known)):
-            near = nearest(word, known)
-            way_out = f"did you mean {near}?" if near else f"one of: {', '.join(known)}"
-            raise ConfigError(option, word, "no such name", way_out)
-    return words
 
 
 def parser() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.benchmarks.names import names_in
 from experiments.benchmarks.statistics import Interval, bootstrap, paired_bootstrap, shown
 from experiments.config import ConfigError
 from experiments.config.dreamer4 import Dreamer4Config, OnlineConfig, load_dreamer4
@@ -228,15 +229,6 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         figure.savefig(path, dpi=110, facecolor="white")
 
 
-def arms_of(text: str) -> list[str]:
-    """The arms named in `text`, each once. Raises ConfigError."""
-    names = list(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in ARMS:
-            raise ConfigError("--arms", name, "no such arm", f"choose from {','.join(ARMS)}")
-    return names
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run what is missing, draw, print."""
     parser = argparse.ArgumentParser(
@@ -256,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.seeds < 0:
         raise ConfigError("--seeds", asked.seeds, "nothing to run", "give 1 or more")
     asked.root = asked.root or Path("runs/counterfactual") / asked.tier
-    found = collect(asked, arms_of(asked.arms))
+    found = collect(asked, names_in(asked.arms, ARMS, "--arms", "arm"))
     seeds = len(next(iter(found.values()))["gap"])
     measures = summary(found, np.random.default_rng(0))
     result = {"tier": asked.tier, "seeds": seeds, "arms": list(found), "measures": measures}

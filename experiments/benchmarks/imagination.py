@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks.learning import LAST, Curve, curves_of, is_of
+from experiments.benchmarks.names import names_in
 from experiments.benchmarks.statistics import Interval, bootstrap, paired_bootstrap, shown
 from experiments.config import Config, ConfigError, load_config
 from experiments.record import runs
@@ -48,15 +49,6 @@ def configs_of(arm: str, asked: argparse.Namespace) -> list[Config]:
     ]
     words += [*FIXED, *asked.overrides, f"model.memory.imagine={arm}"]
     return [load_config(asked.preset, [f"seed={seed}", *words]) for seed in range(asked.seeds)]
-
-
-def arms_of(text: str) -> list[str]:
-    """The arms named in `text`, each once. Raises ConfigError."""
-    names = list(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in ARMS:
-            raise ConfigError("--arms", name, "no such arm", f"choose from {','.join(ARMS)}")
-    return names
 
 
 def default_of(asked: argparse.Namespace) -> str:
@@ -268,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("--seeds", asked.seeds, "nothing to train", "give 1 or more")
     default = default_of(asked)
     contexts = asked.contexts.split(",")
-    configs = {arm: configs_of(arm, asked) for arm in arms_of(asked.arms)}
+    configs = {arm: configs_of(arm, asked) for arm in names_in(asked.arms, ARMS, "--arms", "arm")}
     for arm in configs.values():
         check(arm)
     found: dict[str, Curves] = {}

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
+from experiments.benchmarks.names import names_in
 from experiments.benchmarks.statistics import Interval, bootstrap, paired_bootstrap, shown
 from experiments.build import MEMORIES, make_memory
-from experiments.config import ConfigError, load_config, nearest
+from experiments.config import ConfigError, load_config
 from nested import fast
 
 ARMS = ("frozen", "adapted", "swapped")
@@ -314,17 +315,6 @@ def draw_gains(axes: Any, result: Mapping[str, Any]) -> None:
     axes.grid(axis="x")
 
 
-def kinds_of(text: str) -> list[str]:
-    """The memories named in `text`, each once. Raises ConfigError."""
-    kinds = list(dict.fromkeys(text.split(",")))
-    for kind in kinds:
-        if kind not in MEMORIES:
-            near = nearest(kind, MEMORIES)
-            way_out = f"did you mean {near}?" if near else f"kinds: {', '.join(MEMORIES)}"
-            raise ConfigError("--kinds", kind, "no such memory", way_out)
-    return kinds
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run, draw, print."""
     parser = argparse.ArgumentParser(
@@ -339,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the picture there")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     asked = parser.parse_args(argv)
-    kinds = kinds_of(asked.kinds)
+    kinds = names_in(asked.kinds, MEMORIES, "--kinds", "memory")
     if asked.seeds < 1:
         raise ConfigError("--seeds", asked.seeds, "nothing to train", "give 1 or more")
     torch.set_num_threads(1)

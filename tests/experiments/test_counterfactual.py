@@ -166,5 +166,3 @@ def test_a_summary_pairs_seeds_and_names_what_changed():
     assert row["change"]["none"]["value"] == 0.0
     gain = row["differences"]["own - none"]
     assert (gain["low"], gain["value"], gain["high"]) == pytest.approx((-0.8, -0.7, -0.6))
-    with pytest.raises(ConfigError, match="no such arm"):
-        suite.arms_of("own,all")

@@ -233,7 +233,7 @@ def test_a_slow_stream_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_p
     ("words", "expected"),
     [
         (["--methods", "plain,k33"], "did you mean k3"),
-        (["--streams", "cl/Nothing-v0"], "one of: cl/PermutedDigits-v0"),
+        (["--streams", "cl/Nothing-v0"], "choose from cl/PermutedDigits-v0"),
         (["--seeds", "0"], "give 1 or more"),
         (["lrr=1"], "did you mean lr"),
         (["tasks=many"], "is no int"),
