@@ -39,6 +39,7 @@ class Experience(NamedTuple):
     terminal: Tensor  # (B, T) bool; of those nothing is learned
     imitate: Tensor  # (B,) bool: rows whose actions are worth imitating
     predict: Tensor  # (B,) bool: rows of the dynamics' loss
+    settled: Tensor  # (B,) bool: rows seen as in acting, not noised to levels that are drawn
 
 
 class Scene(NamedTuple):
@@ -133,7 +134,7 @@ class OfflineDreamer(nn.Module):
         ones = torch.ones_like(batch.reward)
         rows = (clip.labelled, batch.predict[:, None], batch.imitate[:, None])
         known, predict, imitate = (ones * each for each in rows)
-        losses, feature = self.dynamics.losses(clip, generator, predict)
+        losses, feature = self.dynamics.losses(clip, generator, predict, batch.settled)
         losses["dynamics"] = counted(losses["dynamics"], predict)
         losses["policy"] = self._scaled("policy", self._imitation(clip, feature), imitate)
         losses["reward"] = self._scaled("reward", self._rewards(batch, feature), known)

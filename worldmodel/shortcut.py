@@ -147,20 +147,29 @@ class ShortcutDynamics(nn.Module):
         return self.transformer.initial(batch)
 
     def losses(
-        self, clip: Clip, generator: torch.Generator | None = None, weight: Tensor | None = None
+        self,
+        clip: Clip,
+        generator: torch.Generator | None = None,
+        weight: Tensor | None = None,
+        settled: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """{"dynamics": (B, T)} over its running RMS, and features (B, T, F) of the noisy frames.
 
-        weight (B, T): what counts in the running RMS.
+        weight (B, T): what counts in the running RMS; settled (B,) bool: rows that are not noised
+        to drawn levels, but seen whole and as `observe` sees them.
         """
         batch, length = clip.first.shape
         device = clip.first.device
         apart = torch.rand(batch, 1, generator=generator, device=device) < self.apart
-        clip = clip._replace(first=clip.first | apart)
+        settled = torch.zeros_like(apart) if settled is None else settled[:, None]
+        clip = clip._replace(first=clip.first | (apart & ~settled))
         rows = torch.randperm(batch, generator=generator, device=device)
         rows = rows[: round(self.bootstrap * batch)]
         data = self.pack(clip.latents)
-        levels = self.draw(rows, batch, length, generator)
+        signal, step = self.draw(rows, batch, length, generator)
+        levels = Levels(
+            torch.where(settled, self.kept, signal), torch.where(settled, self.finest, step)
+        )
         tau = self.tau(levels.signal)
         z = torch.lerp(normal(data, generator), data, tau)
         actions = self._actions(clip)

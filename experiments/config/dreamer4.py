@@ -143,6 +143,11 @@ class FinetunePhase(PhaseConfig):
     imitate: float = Field(
         default=0.5, gt=0, lt=1, description="share of rows for imitation; others teach dynamics"
     )
+    noise: Literal["acting", "drawn"] = Field(
+        default="acting",
+        description="of the frames that imitation reads: as in acting, or drawn anew for each "
+        "frame as the dynamics learn them (the paper)",
+    )
     evaluate: int = Field(default=0, ge=0, description=BETWEEN)
     scales: ScalesConfig = ScalesConfig()
 

@@ -72,11 +72,13 @@ class Lessons:
         row = torch.arange(len(first), device=self.device)
         imitate = row < parts[0][1]
         predict = ~imitate if len(parts) > 1 else imitate
+        acting = self.config.phases.finetune.noise == "acting"
+        settled = ~predict & acting
         task, nothing = torch.zeros_like(first, dtype=torch.int64), torch.nan
         action = torch.where(known[..., None], action.float(), nothing)
         clip = Clip(latents.float(), action, first, known, task)
         reward = torch.where(known, reward.float(), nothing)
-        return Experience(clip, reward, terminal & known, imitate, predict)
+        return Experience(clip, reward, terminal & known, imitate, predict, settled)
 
     def mixed(self, batch: int) -> Parts:
         """Rows of the recordings and, once there are rounds, of the episodes acted in them."""

@@ -46,7 +46,7 @@ def experience(batch: int = 4, length: int = 6) -> Experience:
     terminal = torch.zeros_like(first)
     terminal[1, 2] = True
     rows = torch.tensor([True, True, False, False])
-    return Experience(clip, reward, terminal, rows, ~rows)
+    return Experience(clip, reward, terminal, rows, ~rows, rows)
 
 
 def seeded(seed: int = 3) -> torch.Generator:

@@ -115,6 +115,7 @@ def test_rounds_act_and_are_measured(whole: Path):
 def test_what_was_acted_is_learned_from(room: Path, whole: Path, monkeypatch: pytest.MonkeyPatch):
     """Its rows teach the dynamics and never the policy; imagination starts from them too."""
     drawn: list[tuple[str, list[int], list[bool], list[bool]]] = []
+    settled: list[list[bool]] = []
     draw = Lessons.experience
 
     def experience(lessons: Lessons, parts: Parts, length: int) -> Experience:
@@ -122,6 +123,7 @@ def test_what_was_acted_is_learned_from(room: Path, whole: Path, monkeypatch: py
         sizes = [count for _, count in parts]
         kind = "acted" if parts[-1][0] is lessons.acted else "recorded"
         drawn.append((kind, sizes, found.imitate.tolist(), found.predict.tolist()))
+        settled.append(found.settled.tolist())
         return found
 
     monkeypatch.setattr(Lessons, "experience", experience)
@@ -133,6 +135,7 @@ def test_what_was_acted_is_learned_from(room: Path, whole: Path, monkeypatch: py
     no, yes = False, True
     batch = ("acted", [2, 1, 1], [yes, yes, no, no], [no, no, yes, yes])
     assert drawn[:3] == [batch] * 3
+    assert settled[:3] == [batch[2]] * 3  # what is imitated is seen as in acting
     assert [row[:2] for row in drawn[-2:]] == [("acted", [2, 2])] * 2
     gates = [row for row in drawn if row[0] == "recorded"]
     assert [row[1] for row in gates] == [[64]]

@@ -267,6 +267,32 @@ def test_imagination_takes_the_policy_s_actions_and_leaves_its_start_alone():
     assert not torch.isclose(bold.latents[:, 0], rollout.latents[:, 0]).all()
 
 
+def test_settled_rows_are_seen_whole_and_as_noisy_as_a_context():
+    model, clip = make(apart=1.0), clips()
+    settled = torch.tensor([True, False, True, False])
+    told: list[Levels] = []
+    tokens = model._tokens
+
+    def spy(z: Tensor, levels: Levels, actions: Tensor) -> Tensor:
+        told.append(levels)
+        return tokens(z, levels, actions)
+
+    model._tokens = spy
+    model.losses(clip, seeded(), settled=settled)
+    assert (told[0].signal[settled] == model.kept).all()
+    assert (told[0].step[settled] == model.finest).all()
+    assert (told[0].signal[~settled] != model.kept).any()
+    model._tokens = tokens
+    none = torch.zeros_like(settled)
+    plain, same = (model.losses(clip, seeded(), settled=rows)[1] for rows in (None, none))
+    assert torch.equal(plain, same)
+    exact = make(apart=1.0, context_noise=0.0)  # whole: what comes first is read by what follows
+    before = clip._replace(latents=torch.cat([clip.latents[:, 1:2], clip.latents[:, 1:]], 1))
+    one, two = (exact.losses(c, seeded(), settled=settled)[1][:, 2] for c in (clip, before))
+    changed = (one != two).any(1)
+    assert torch.equal(changed, settled)
+
+
 def test_a_share_of_rows_is_seen_as_separate_images():
     model, clip = make(apart=1.0, bootstrap=0.0), clips()
     _, feature = model.losses(clip, seeded())
