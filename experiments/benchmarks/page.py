@@ -118,6 +118,7 @@ def _course(axes: "Axes", result: Result) -> None:
             width = 2.2 if of_phase == context else 1.0
             axes.plot(x, y.mean(0), color=PALETTE[i], linewidth=width)
     axes.set_xlim(0, course.shape[1] * frames[-1])
+    axes.locator_params(axis="x", nbins=4)  # thousands side by side are wide
     axes.set_ylim(0.0, 1.0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(axis="y")
