@@ -171,7 +171,8 @@ class ShortcutDynamics(nn.Module):
             torch.where(settled, self.kept, signal), torch.where(settled, self.finest, step)
         )
         tau = self.tau(levels.signal)
-        z = torch.lerp(normal(data, generator), data, tau)
+        clear = torch.where(settled[..., None, None], self.clear, tau)
+        z = torch.lerp(normal(data, generator), data, clear)
         actions = self._actions(clip)
         frame, feature = self._look(
             self.transformer(self._all(z, levels, actions, clip.task), clip.first)
