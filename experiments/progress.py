@@ -1,4 +1,4 @@
-"""Live progress: a line that moves in a terminal, plain lines elsewhere."""
+"""Live progress: a line or a table that moves in a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -7,7 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
@@ -64,6 +65,32 @@ class Progress:
         elif time.monotonic() - self._shown > PAUSE:
             self._shown = time.monotonic()
             print(f"{frame:>8}/{self._total} {self._unit}  {text}", file=sys.stderr, flush=True)
+
+
+class Screen:
+    """Something that is drawn again and again; `plain` where there is no terminal for it."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self.plain = not console.is_terminal
+        self._live = Live(console=console, auto_refresh=False, vertical_overflow="visible")
+
+    def __enter__(self) -> Self:
+        if not self.plain:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    def draw(self, renderable: RenderableType) -> None:
+        """In the place of what was drawn before."""
+        self._live.update(renderable, refresh=True)
 
 
 def brief(value: float) -> str:

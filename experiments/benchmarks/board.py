@@ -7,43 +7,26 @@ means over seeds; the text adds 95 % intervals.
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
 from experiments.benchmarks import metrics
 from experiments.benchmarks.cells import Cell, Result
+from experiments.progress import Screen
 
 SHOWN = ("AP_final", "AP_any", "ALA", "F", "online")
 
 
-class Board:
+class Board(Screen):
     """A line for each cell: how far it is, then its scores."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         self._cells = list(cells)
         self._state: dict[str, list[str]] = {cell.key: ["waits"] for cell in cells}
         self._started: dict[str, float] = {}
-        console = Console(stderr=True)
-        self._plain = not console.is_terminal
-        self._live = Live(console=console, auto_refresh=False, vertical_overflow="visible")
-
-    def __enter__(self) -> Self:
-        if not self._plain:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._live.stop()
+        super().__init__()
 
     def show(self, cell: Cell, share: float, result: Result | None) -> None:
         """A cell has come this far, or is done."""
@@ -54,8 +37,8 @@ class Board:
             started = self._started.get(cell.key)
             spent = "found" if started is None else f"{time.monotonic() - started:.1f} s"
             self._state[cell.key] = [spent, *figures(result)]
-        if not self._plain:
-            self._live.update(self._table(), refresh=True)
+        if not self.plain:
+            self.draw(self._table())
         elif result is not None:
             text = "  ".join(
                 f"{name} {figure}" for name, figure in zip(SHOWN, figures(result), strict=True)

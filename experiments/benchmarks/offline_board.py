@@ -5,17 +5,14 @@ In a terminal a table that moves; elsewhere a line whenever a seed enters a phas
 
 import sys
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from rich import box
-from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
 from experiments.benchmarks.offline_play import FILE, LEARNED
 from experiments.config.dreamer4 import PHASES
-from experiments.progress import brief
+from experiments.progress import Screen, brief
 from experiments.record.metrics import tail
 
 
@@ -28,34 +25,19 @@ class State(NamedTuple):
     returns: tuple[str, ...]  # of LEARNED, last evaluated
 
 
-class Board:
+class Board(Screen):
     """A line for each seed."""
 
     def __init__(self, root: Path, seeds: int) -> None:
         self._root, self._seeds = root, seeds
         self._told: dict[int, str] = {}
-        console = Console(stderr=True)
-        self._plain = not console.is_terminal
-        self._live = Live(console=console, auto_refresh=False, vertical_overflow="visible")
-
-    def __enter__(self) -> Self:
-        if not self._plain:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._live.stop()
+        super().__init__()
 
     def show(self) -> None:
         """Look again."""
         states = [state_of(self._root / f"seed-{seed}", seed) for seed in range(self._seeds)]
-        if not self._plain:
-            self._live.update(table(states), refresh=True)
+        if not self.plain:
+            self.draw(table(states))
             return
         for state in states:
             if self._told.get(state.seed, "waits") != state.doing:
