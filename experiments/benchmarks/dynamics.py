@@ -106,8 +106,8 @@ def summary(part: str, found: Found, size: Size) -> dict[str, Any]:
     for one, other in pairs_of(part, size):
         row = {"first": list(one), "second": list(other)}
         for name in ("psnr", "mse", "frechet"):
-            pair = (over(found[key][name]) for key in (one, other))
-            row[name] = paired_bootstrap(*pair, rng)._asdict()
+            a, b = (over(found[key][name]) for key in (one, other))
+            row[name] = paired_bootstrap(a, b, rng)._asdict()
         differences.append(row)
     result = {"rows": rows, "differences": differences}
     return result | ({"share": share(found)} if part == "labels" else {})
