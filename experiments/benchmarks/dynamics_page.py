@@ -5,6 +5,7 @@ cascade counts as a gain where the interval of its difference leaves out zero.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ from experiments.benchmarks.results import listed, tabled
 from experiments.benchmarks.statistics import Interval, shown
 
 Row = Mapping[str, Any]
+ENOUGH = 3  # seeds for a verdict
+PAPER = {  # FVD of its Table 2, by variant and whether the steps are more than four
+    ("v", False): 875,
+    ("shortcut", False): 329,
+    ("x", False): 326,
+    ("x-loss", False): 151,
+    ("ramp", False): 102,
+    ("v", True): 306,
+}
 GOOD = {"psnr": 1, "frechet": -1}  # which sign of a difference is better
 TITLES = {
     "ablation": "Shortcut forcing, piece by piece",
@@ -36,20 +46,19 @@ def told(result: Row) -> str:
         f"{result['seeds']} seeds, {size['updates']:,} updates each; means, 95 %, paired by seed; "
         f"tokenizer {seen['gate']:.1f} dB",
         f"last frame repeated {np.mean(seen['repeat']):.2f} dB; real chunks, held out: distance "
-        f"{seen['real']:.1f}, decoded {seen['decoded']:.1f}, first frame repeated "
-        f"{seen['still']:.1f}",
+        f"{seen['real']:.3f}, decoded {seen['decoded']:.3f}, still {seen['still']:.3f}",
     ]
     for part, row in result["parts"].items():
         lines += ["", f"{part}: {TITLES[part]}"]
         lines.append(f"{'':44}{'PSNR, dB':>24}{'distance':>28}{'ms a frame':>12}")
         for one in row["rows"]:
-            numbers = f"{shown(one['psnr'], '.2f'):>24}{shown(one['frechet'], '.1f'):>28}"
+            numbers = f"{shown(one['psnr'], '.2f'):>24}{shown(one['frechet'], '.3f'):>28}"
             name = name_of((one["variant"], one["steps"]), result)
             lines.append(f"{name:44}{numbers}{one['ms']['value']:12.1f}")
         for one in row["differences"]:
             pair = f"{name_of(one['first'], result)} - {name_of(one['second'], result)}"
             lines.append(f"  {pair}: {shown(one['psnr'], '+.2f')} dB, distance "
-                         f"{shown(one['frechet'], '+.1f')}")  # fmt: skip
+                         f"{shown(one['frechet'], '+.3f')}")  # fmt: skip
         lines.append(verdict(part, row, result))
     return "\n".join(lines)
 
@@ -60,7 +69,9 @@ def verdict(part: str, row: Row, result: Row) -> str:
         found = row["share"]["interval"]
         name = name_of((row["rows"][1]["variant"], row["rows"][1]["steps"]), result)
         return f"{name}: {shown(found, '.2f')} of the gain in PSNR that all actions give."
-    said = []
+    said = [order(row)] if part == "ablation" else []
+    if result["seeds"] < ENOUGH:
+        return " ".join([*said, f"Seeds: {result['seeds']}, too few to call a difference clear."])
     for measure, title in (("frechet", "distance"), ("psnr", "PSNR")):
         for word, sign in (("better", GOOD[measure]), ("worse", -GOOD[measure])):
             pairs = [
@@ -68,8 +79,17 @@ def verdict(part: str, row: Row, result: Row) -> str:
                 for one in row["differences"]
                 if clear(one[measure], sign)
             ]
-            said.append(f"{word} {title}: {listed(pairs)}")
-    return "With an interval that leaves out zero: " + "; ".join(said) + "."
+            said.append(f"Clearly {word} {title}: {listed(pairs)}.")
+    return " ".join(said)
+
+
+def order(row: Row) -> str:
+    """How many pairs of rows stand in the paper's order."""
+    found = [(PAPER[one["variant"], one["steps"] > 4], one["frechet"]["value"])
+             for one in row["rows"]]  # fmt: skip
+    pairs = list(combinations(found, 2))
+    same = sum((a[0] < b[0]) == (a[1] < b[1]) for a, b in pairs)
+    return f"Of {len(pairs)} pairs of rows, {same} have distances in the order of the paper's FVD."
 
 
 def clear(row: Row, sign: int) -> bool:
@@ -96,20 +116,25 @@ def block(result: Row) -> str:
         f"frame repeated has {np.mean(seen['repeat']):.2f}, what the tokenizer makes of the truth "
         f"{np.mean(seen['tokenizer']):.2f}. Distance: squared Fréchet distance of chunks of "
         f"{size['chunk']} frames, from {size['rollouts']} rollouts of {size['drift']} frames "
-        f"made from nothing, to chunks of the recordings: images are encoded by the tokenizer, and "
-        f"the latents of a chunk projected to {size['components']} principal components of real "
-        f"ones. Held-out recordings have {seen['real']:.1f} (decoded from their latents "
-        f"{seen['decoded']:.1f}), still pictures {seen['still']:.1f}.",
+        f"made from nothing, with the actions of held-out clips, to chunks of the recordings. "
+        f"Images are encoded by the tokenizer; the mean of a chunk's latents and the differences "
+        f"of neighbouring frames, each over its deviation in recordings, are projected to "
+        f"{size['components']} principal components each. Held-out recordings have "
+        f"{seen['real']:.3f} (decoded from their latents {seen['decoded']:.3f}), still pictures "
+        f"{seen['still']:.3f}.",
     ]
     for part, row in result["parts"].items():
-        lines += ["", f"### {TITLES[part]}", "", *rows_of(row, result), "", *pairs_of(row, result)]
+        papers = PAPER if part == "ablation" else {}
+        lines += ["", f"### {TITLES[part]}", "", *rows_of(row, result, papers), ""]
+        lines += pairs_of(row, result)
         lines += ["", verdict(part, row, result)]
     return "\n".join(lines)
 
 
-def rows_of(row: Row, result: Row) -> list[str]:
-    """A table of rows."""
+def rows_of(row: Row, result: Row, papers: Mapping[tuple[str, bool], int]) -> list[str]:
+    """A table of rows; `papers`: what a paper says of them."""
     head = ["model", "PSNR, dB", "first frame", "last frame", "latent error", "distance"]
+    head += ["CPU ms a frame", *(["FVD in the paper"] if papers else [])]
     cells = [
         [
             name_of((one["variant"], one["steps"]), result),
@@ -117,19 +142,20 @@ def rows_of(row: Row, result: Row) -> list[str]:
             f"{one['by horizon'][0]:.1f}",
             f"{one['by horizon'][-1]:.1f}",
             shown(one["mse"], ".3f"),
-            shown(one["frechet"], ".1f"),
+            shown(one["frechet"], ".3f"),
             f"{one['ms']['value']:.1f}",
+            *([str(papers[one["variant"], one["steps"] > 4])] if papers else []),
         ]
         for one in row["rows"]
     ]
-    return tabled([*head, "CPU ms a frame"], cells)
+    return tabled(head, cells)
 
 
 def pairs_of(row: Row, result: Row) -> list[str]:
     """A table of differences; bold where the interval leaves out zero."""
     cells = []
     for one in row["differences"]:
-        found = [shown(one[name], form) for name, form in (("psnr", "+.2f"), ("frechet", "+.1f"))]
+        found = [shown(one[name], form) for name, form in (("psnr", "+.2f"), ("frechet", "+.3f"))]
         bold = [clear(one[name], 1) or clear(one[name], -1) for name in ("psnr", "frechet")]
         pair = f"{name_of(one['first'], result)} − {name_of(one['second'], result)}"  # noqa: RUF001
         cells.append([pair, *(f"**{x}**" if b else x for x, b in zip(found, bold, strict=True))])

@@ -71,17 +71,32 @@ def test_psnr_is_of_the_mean_error_of_a_frame():
 def test_chunks_are_frames_that_follow_each_other():
     latents = np.arange(2 * 7 * 2, dtype=np.float32).reshape(2, 7, 2, 1)
     found = dynamics_measures.chunks(latents, 3)
-    assert found.shape == (4, 6)
-    assert found[0].tolist() == [0, 1, 2, 3, 4, 5] and found[1].tolist() == [6, 7, 8, 9, 10, 11]
-    assert found[2].tolist() == [14, 15, 16, 17, 18, 19]
+    assert found.shape == (4, 3, 2)
+    assert found[0].ravel().tolist() == [0, 1, 2, 3, 4, 5]
+    assert found[1].ravel().tolist() == [6, 7, 8, 9, 10, 11]
+    assert found[2].ravel().tolist() == [14, 15, 16, 17, 18, 19]
 
 
-def test_components_keep_where_real_chunks_differ():
+def real_chunks(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Chunks of five frames: a place that is far from others', and small steps from it."""
+    places = 50 * rng.normal(size=(count, 1, 3))
+    return places + rng.choice([-1.0, 1.0], (count, 5, 3)).cumsum(1)
+
+
+def test_features_tell_what_is_shown_from_how_it_moves():
     rng = np.random.default_rng(0)
-    real = rng.normal(size=(300, 1)) * [3.0, 4.0, 0.0] + rng.normal(size=(300, 3)) * 0.01 + 5
-    found = dynamics_measures.Components(real, 1)
-    assert np.abs(found.axes[:, 0]) == pytest.approx([0.6, 0.8, 0.0], abs=0.01)
-    assert found(real).mean() == pytest.approx(0, abs=1e-9)
+    real = real_chunks(2000, rng)
+    features = dynamics_measures.Features(real, 3)
+    found = features(real)
+    assert found.shape == (2000, 6) and found.mean(0) == pytest.approx(np.zeros(6), abs=1e-9)
+    # all components of what is shown have one deviation in all; of how it moves, a part of one
+    assert np.square(found[:, :3]).sum(1).mean() == pytest.approx(1.0)
+    assert 0.2 < np.square(found[:, 3:]).sum(1).mean() < 0.4  # 3 of 12 that differ alike
+    others = real_chunks(2000, rng)
+    still = np.repeat(others[:, :1], 5, 1)
+    near, far = (dynamics_measures.frechet(features(x), found) for x in (others, still))
+    assert near < 0.01 < 0.15 < far
+    assert dynamics_measures.frechet(features(others + np.array([150.0, 0, 0])), found) > 1
 
 
 # ---- what models share, and what they may not see ----------------------------------------------
@@ -136,7 +151,7 @@ def test_what_is_imagined_reads_actions_and_no_frame_that_was_not_watched(
 
     def made(clip: Clip) -> np.ndarray:
         generator = torch.Generator().manual_seed(1)
-        return dynamics_measures.imagined(model, clip, watched, 4, generator)
+        return dynamics_measures.imagined(model, clip, watched, 4, generator)[0]
 
     before = made(clip)
     assert before.shape == (3, 5 - watched, *SMALL.latents) and np.isfinite(before).all()
@@ -209,14 +224,20 @@ def test_a_step_of_the_cascade_is_a_gain_where_its_interval_leaves_out_zero():
     distances = [[90, 95, 93], [40, 47, 42], [44, 43, 43], [20, 21, 23], [21, 20, 26], [39, 40, 41]]
     found = {key: values([20, 21, 22], x) for key, x in zip(keys, distances, strict=True)}
     row = dynamics.summary("ablation", found, SMALL)
-    result = {"variants": {name: one.about for name, one in VARIANTS.items()}}
+    result = {"variants": {name: one.about for name, one in VARIANTS.items()}, "seeds": 3}
     text = dynamics_page.verdict("ablation", row, result)
-    better = text.partition("better distance: ")[2].partition("; worse")[0]
+    better = text.partition("better distance: ")[2].partition(" Clearly")[0]
     assert "`+ shortcut, 4 steps than v, flat, no shortcut, 4 steps`" in better
     assert "`+ x-loss, 4 steps than + x-prediction, 4 steps`" in better
     assert "+ x-prediction, 4 steps than" not in better
     assert "than + x-loss" not in better
-    assert "better PSNR: none; worse PSNR: none" in text
+    assert "better PSNR: none. Clearly worse PSNR: none." in text
+    # 92.7 43 43.3 21.3 22.3 40 beside the paper's 875 329 326 151 102 306: x and ramp stand amiss
+    assert dynamics_page.order(row) == (
+        "Of 15 pairs of rows, 13 have distances in the order of the paper's FVD."
+    )
+    few = dynamics_page.verdict("ablation", row, {**result, "seeds": 2})
+    assert "too few" in few and "Clearly" not in few
 
 
 def test_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
