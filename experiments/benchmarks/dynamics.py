@@ -84,7 +84,7 @@ def collect(world: World, parts: Sequence[str], seeds: int) -> Found:
             rows.append(measured(world, Cell(variant, seed, steps)))
             told = f"seed {seed}: {VARIANTS[variant].about}, {steps} steps"
             psnr, distance = np.mean(rows[-1]["psnr"]), rows[-1]["frechet"]
-            print(f"{told}: {psnr:.2f} dB, {distance:.1f}", file=sys.stderr, flush=True)
+            print(f"{told}: {psnr:.2f} dB, distance {distance:.3f}", file=sys.stderr, flush=True)
     return {
         key: {name: np.array([row[name] for row in rows]) for name in MEASURES}
         for key, rows in found.items()

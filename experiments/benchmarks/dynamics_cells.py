@@ -99,10 +99,10 @@ VARIANTS = {
     "shortcut": Variant("+ shortcut", "v", "v", "flat"),
     "x": Variant("+ x-prediction", "x", "v", "flat"),
     "x-loss": Variant("+ x-loss", "x", "x", "flat"),
-    FULL: Variant("+ ramp: the full model"),
-    "no-shortcut": Variant("the full model without shortcuts", bootstrap=0.0),
-    "labels-0": Variant("no actions known", labels=0.0),
-    "labels-10": Variant("actions of 10 % of the episodes", labels=0.1),
+    FULL: Variant("full (+ ramp)"),
+    "no-shortcut": Variant("full, no shortcuts", bootstrap=0.0),
+    "labels-0": Variant("full, no actions", labels=0.0),
+    "labels-10": Variant("full, 10 % of actions", labels=0.1),
 }
 
 
