@@ -131,7 +131,11 @@ def whole(world: World, tier: str, parts: Sequence[str], seeds: int) -> dict[str
     """Run what is missing; all that is told of it."""
     found = collect(world, parts, seeds)
     told: Mapping[str, Any] = {part: summary(part, found, world.size) for part in parts}
+    words = f" --part {','.join(parts)}" if len(parts) < len(PARTS) else ""
+    updates = world.size.updates
+    words += f" --updates {updates}" if updates != SIZES[tier].updates else ""
     return {
+        "command": f"nested bench dynamics --tier {tier} --seeds {seeds}{words}",
         "tier": tier,
         "seeds": seeds,
         "size": world.size._asdict(),
@@ -164,17 +168,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--part", default="all", help=f"with commas: {','.join(PARTS)} (default all)")
     add("--tier", choices=SIZES, default="laptop", help="how much (default laptop)")
     add("--seeds", type=int, default=0, help="how many (default: the tier's)")
+    add("--updates", type=int, default=0, help="of each model (default: the tier's)")
     add("--root", type=Path, help="folder of the cells (default runs/dynamics/TIER)")
     add("--out", type=Path, help="folder of the pictures (default ROOT)")
     add("--results", type=Path, metavar="FILE.md", help="write the tables there, between marks")
     add("--json", action="store_true", help="print JSON instead of the tables")
     asked = parser.parse_args(argv)
     parts = parts_of(asked.part)
-    if asked.seeds < 0:
-        raise ConfigError("--seeds", asked.seeds, "nothing to train", "give 1 or more")
+    for name in ("seeds", "updates"):
+        if getattr(asked, name) < 0:
+            raise ConfigError(f"--{name}", getattr(asked, name), "is too few", "give 1 or more")
+    size = SIZES[asked.tier]
+    size = size._replace(updates=asked.updates or size.updates)
     torch.set_num_threads(1)
     root = asked.root or Path("runs/dynamics") / asked.tier
-    world = World(root, SIZES[asked.tier])
+    world = World(root, size)
     result = whole(world, asked.tier, parts, asked.seeds or SEEDS[asked.tier])
     write_json(root / "dynamics.json", result)
     pictures = dynamics_page.draw(result, root / "cells", asked.out or root)

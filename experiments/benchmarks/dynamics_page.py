@@ -101,10 +101,9 @@ def clear(row: Row, sign: int) -> bool:
 def block(result: Row) -> str:
     """The section of a tier, in Markdown."""
     seen, size = result["reference"], result["size"]
-    command = f"nested bench dynamics --tier {result['tier']} --seeds {result['seeds']}"
     train, held = seen["episodes"]
     lines = [
-        f"`{command}`; {result['seeds']} seeds, means and 95 % bootstrap intervals, differences "
+        f"`{result['command']}`: means over seeds, 95 % bootstrap intervals, differences "
         f"paired by seed. Recipes in a room of {size['room']} x {size['room']} cells at 32 x 32 "
         f"pixels; an expert, {size['noise']:.0%} of whose steps are random; {train} episodes "
         f"({seen['frames'][0]:,} frames), {held} more held out. One tokenizer ({seen['gate']:.1f} "

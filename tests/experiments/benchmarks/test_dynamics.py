@@ -258,11 +258,18 @@ def test_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     text = page.read_text()
     assert text.startswith("# Results\n\nMine.\n") and text.count("<!-- dynamics smoke -->") == 1
     assert text.count("### ") == 3
+    assert "`nested bench dynamics --tier smoke --seeds 1`: means" in text
+    with pytest.raises(ConfigError, match="another size"):
+        dynamics.main([*words, "--updates", "4"])
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
-    [(["--seeds", "-1"], "give 1 or more"), (["--part", "step"], "ablation,steps,labels,all")],
+    [
+        (["--seeds", "-1"], "(?s)--seeds.*give 1 or more"),
+        (["--updates", "-5"], "(?s)--updates.*give 1 or more"),
+        (["--part", "step"], "ablation,steps,labels,all"),
+    ],
 )
 def test_a_mistake_is_told_before_anything_is_trained(words: list[str], told: str, tmp_path: Path):
     with pytest.raises(ConfigError, match=told):
