@@ -219,7 +219,7 @@ def save_prediction(config: Config, agent: Dreamer, path: Path) -> dict[int, flo
     """Write the picture to `path`; returns PSNR (images) or RMSE (vectors) by imagined step."""
     from matplotlib import rc_context
 
-    from experiments.record.report import STYLE
+    from experiments.record.curves import STYLE
 
     prediction = predict(config, agent)
     images = images_of(prediction)

@@ -17,16 +17,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from experiments.benchmarks.agent_cells import AGENT, STREAM
-from experiments.benchmarks.agent_methods import AGENT_METHODS
-from experiments.benchmarks.baselines import METHODS
-from experiments.benchmarks.board import Board, table
 from experiments.benchmarks.cells import Cell, Family, Result, collect, run_cells, there
 from experiments.benchmarks.names import names_in
 from experiments.benchmarks.results import page_of, put
-from experiments.benchmarks.streams import NAMES
-from experiments.benchmarks.summary import Gate, failures, summarise
-from experiments.benchmarks.supervised_cells import SUPERVISED
+from experiments.benchmarks.tasks.agent_cells import AGENT, STREAM
+from experiments.benchmarks.tasks.agent_methods import AGENT_METHODS
+from experiments.benchmarks.tasks.baselines import METHODS
+from experiments.benchmarks.tasks.board import Board, table
+from experiments.benchmarks.tasks.streams import NAMES
+from experiments.benchmarks.tasks.summary import Gate, failures, summarise
+from experiments.benchmarks.tasks.supervised_cells import SUPERVISED
 from experiments.config import ConfigError, nearest
 
 
@@ -222,7 +222,7 @@ def report(
     out: Path,
 ) -> int:
     """Write, draw and print what the cells say; the exit status."""
-    from experiments.benchmarks.page import draw
+    from experiments.benchmarks.tasks.page import draw
 
     summary = summarise(cells, results)
     collect(cells, results, out)
@@ -239,7 +239,8 @@ def report(
         suite = {"tier": asked.tier, "cells": [cell.key for cell in cells],
                  "missing": [f"{cell.stream} {cell.method}" for cell in missing]}  # fmt: skip
         (out / "suite.json").write_text(json.dumps(suite, indent=2), encoding="utf-8")
-        command = [sys.executable, "-m", "experiments.benchmarks.tracked", str(out), asked.mlflow]
+        module = "experiments.benchmarks.tasks.tracked"
+        command = [sys.executable, "-m", module, str(out), asked.mlflow]
         print(f"mlflow   {subprocess.check_output(command, text=True).strip()}", file=sys.stderr)
     own = asked.methods or asked.changes or asked.seeds
     failed = [] if own else failures(TIERS[asked.tier].gates, summary)

@@ -203,8 +203,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from experiments.record.curves import PALETTE
-    from experiments.record.report import STYLE
+    from experiments.record.curves import PALETTE, STYLE
 
     with rc_context(STYLE):
         figure = Figure(figsize=(4.4 * len(MEASURES), 4.2), layout="constrained")

@@ -20,18 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.benchmarks.flops import operations
 from experiments.benchmarks.speed import cell, median, tell
 from experiments.benchmarks.statistics import bootstrap
-from experiments.benchmarks.worker import Worker, WorkerError
-from experiments.benchmarks.workload import seconds
+from experiments.benchmarks.timing.flops import operations
+from experiments.benchmarks.timing.worker import Worker, WorkerError
+from experiments.benchmarks.timing.workload import seconds
 from experiments.config import ConfigError
 from timescales import Timescales, presets, rules
 from worldmodel import ShortcutDynamics, Tokenizer, Trunk
 from worldmodel.scale import weighted
 from worldmodel.shortcut import Clip, normal
 
-PEER = Path(__file__).parent / "peers" / "lucidrains.py"
+PEER = Path(__file__).parent / "timing" / "peers" / "lucidrains.py"
 TARGETS = {"tokenizer": 1.2, "dynamics": 0.4, "frame": 0.1}  # seconds on one thread of a CPU
 Row = dict[str, Any]
 Run = Callable[[], object]

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.benchmarks import dynamics_page
-from experiments.benchmarks.dynamics_cells import (
+from experiments.benchmarks.recorded import dynamics_page
+from experiments.benchmarks.recorded.dynamics_cells import (
     FULL,
     SIZES,
     VARIANTS,

@@ -173,7 +173,7 @@ def draw(found: Mapping[str, Curves], result: Mapping[str, Any], path: Path) -> 
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from experiments.record.report import STYLE
+    from experiments.record.curves import STYLE
 
     contexts = list(dict.fromkeys(result["contexts"]))
     with rc_context(STYLE):

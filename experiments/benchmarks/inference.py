@@ -288,8 +288,7 @@ def draw(found: Mapping[str, np.ndarray], path: Path, rate: float) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from experiments.record.curves import FAINT, PALETTE
-    from experiments.record.report import STYLE
+    from experiments.record.curves import FAINT, PALETTE, STYLE
 
     colours = dict(zip(ARMS, (PALETTE[0], PALETTE[1], FAINT), strict=True))
     rng = np.random.default_rng(0)

@@ -135,7 +135,7 @@ def draw(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from experiments.record.report import STYLE
+    from experiments.record.curves import STYLE
 
     with rc_context(STYLE):
         figure = Figure(figsize=(1.5 + 6.5 * len(curves), 4.4), layout="constrained")

@@ -27,7 +27,7 @@ from nested import DeltaMemory, GatedDeltaMemory, NeuralMemory, fast, held
 
 WIDTH, HIDDEN = 64, 128
 PEER_USERS = 1024  # the peer needs seconds a step there, and more users more than the memory
-PEER = Path(__file__).parent / "peers" / "titans_memory.py"
+PEER = Path(__file__).parent / "timing" / "peers" / "titans_memory.py"
 
 
 class Method(NamedTuple):

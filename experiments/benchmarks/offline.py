@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.benchmarks.cells import PAUSE, claim
-from experiments.benchmarks.offline_play import Outcome, outcome, references, succeeds, whole
+from experiments.benchmarks.recorded.play import Outcome, outcome, references, succeeds, whole
 from experiments.config import Config, ConfigError
 from experiments.config.dreamer4 import METHOD, Dreamer4Config, load_dreamer4
 from experiments.config.load import read_tree
@@ -227,7 +227,7 @@ def others(asked: argparse.Namespace, argv: Sequence[str]) -> Iterator[list[subp
 
 def share(asked: argparse.Namespace, argv: Sequence[str]) -> None:
     """Let other processes run the seeds, and show how far each is."""
-    from experiments.benchmarks.offline_board import Board
+    from experiments.benchmarks.recorded.board import Board
 
     with others(asked, argv) as started, Board(asked.root, asked.seeds) as board:
         while any(process.poll() is None for process in started):
@@ -332,8 +332,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(asked: argparse.Namespace, base: Path, outcomes: Sequence[Outcome]) -> None:
     """Write, draw and print what the seeds gave."""
-    from experiments.benchmarks import offline_told
-    from experiments.benchmarks.offline_page import draw
+    from experiments.benchmarks.recorded import told as offline_told
+    from experiments.benchmarks.recorded.page import draw
 
     config = seed_config(asked, base, 0)
     others = references(asked.root, config, asked.episodes)

@@ -258,7 +258,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from experiments.record.report import STYLE
+    from experiments.record.curves import STYLE
 
     with rc_context(STYLE):
         figure = Figure(figsize=(12.5, 4.8), layout="constrained")

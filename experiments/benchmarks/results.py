@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks.board import interval
 from experiments.benchmarks.cells import Cell, Result
-from experiments.benchmarks.summary import CONTROLS, SCHEDULES
+from experiments.benchmarks.tasks.board import interval
+from experiments.benchmarks.tasks.summary import CONTROLS, SCHEDULES
 
 # Columns, as metric: head. Those that no method of a stream has are left out.
 SHOWN = {

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.benchmarks.reference import Spec, configured
 from experiments.benchmarks.statistics import bootstrap
-from experiments.benchmarks.worker import Worker, WorkerError
+from experiments.benchmarks.timing.reference import Spec, configured
+from experiments.benchmarks.timing.worker import Worker, WorkerError
 from experiments.config import ConfigError
 
-PEERS = Path(__file__).parent / "peers"
+PEERS = Path(__file__).parent / "timing" / "peers"
 SECTIONS = ("update", "policy", "small", "levels")
 CYCLE = 16  # updates in a round of `levels`: the longest period
 SCHEDULES = ("plain", "k1", "k3", "k5")
@@ -57,7 +57,7 @@ Row = dict[str, Any]
 def open_worker(spec: Spec) -> Worker:
     """A process of ours that measures what `spec` says. Raises ConfigError for what can not run."""
     configured(spec)
-    module = "experiments.benchmarks.workload"
+    module = "experiments.benchmarks.timing.workload"
     command = [sys.executable, "-m", module, spec.dump()]
     return Worker(f"{spec.kind} {spec.size} {spec.dtype}", command, spec.threads)
 

@@ -22,8 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.benchmarks import cartpole_users, learners, users_told
-from experiments.benchmarks.consolidation import (
+from experiments.benchmarks.population import cartpole as cartpole_users
+from experiments.benchmarks.population import learners
+from experiments.benchmarks.population import told as users_told
+from experiments.benchmarks.population.consolidation import (
     KEEPS,
     MEASURES,
     OPTIMUM,
@@ -31,8 +33,8 @@ from experiments.benchmarks.consolidation import (
     consolidate,
     returning,
 )
-from experiments.benchmarks.learners import Learner, bayes, frozen
-from experiments.benchmarks.population import LinearUsers, Prior, Session, em, excess
+from experiments.benchmarks.population.learners import Learner, bayes, frozen
+from experiments.benchmarks.population.linear import LinearUsers, Prior, Session, em, excess
 from experiments.benchmarks.statistics import Interval, bootstrap, shown
 from experiments.config import ConfigError
 from experiments.envs.population import SPLITS, Population
@@ -257,7 +259,7 @@ def draw(found: Mapping[str, Sequence[Found]], path: Path, users: int) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from experiments.record.report import STYLE
+    from experiments.record.curves import STYLE
 
     with rc_context(STYLE):
         figure = Figure(figsize=(15, 4.2 * len(found)), layout="constrained")

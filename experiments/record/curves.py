@@ -16,6 +16,22 @@ if TYPE_CHECKING:
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B5B00", "#333333"]
 INK, FAINT, SHADE = "#222222", "#8C8C8C", "#EDF1F6"
 GAP = 0.055  # least distance of two names, in heights of the axes
+STYLE: dict[Any, Any] = {
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#777777",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.axisbelow": True,
+    "axes.labelcolor": "#444444",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "grid.color": "#D5DAE0",
+    "grid.linewidth": 0.6,
+}
 
 
 class Line(NamedTuple):

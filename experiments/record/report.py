@@ -14,6 +14,7 @@ from experiments.record.curves import (
     INK,
     PALETTE,
     SHADE,
+    STYLE,
     Line,
     duration,
     label_ends,
@@ -35,22 +36,6 @@ AGENT_LOSSES = ("policy", "value", "repvalue")
 NAMES = {"default": "evaluation"}  # the context of an environment that has none
 LAST = 3  # evaluations behind a score in the title
 ZOOM = 256  # updates in the raster, at most
-STYLE: dict[Any, Any] = {
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#777777",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.axisbelow": True,
-    "axes.labelcolor": "#444444",
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "grid.color": "#D5DAE0",
-    "grid.linewidth": 0.6,
-}
 
 
 class Phase(NamedTuple):

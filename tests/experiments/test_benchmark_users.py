@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.benchmarks import learners, users
-from experiments.benchmarks.consolidation import (
+from experiments.benchmarks import users
+from experiments.benchmarks.population import learners
+from experiments.benchmarks.population.consolidation import (
     MEASURES,
     OPTIMUM,
     Learned,
@@ -22,7 +23,7 @@ from experiments.benchmarks.consolidation import (
     methods,
     returning,
 )
-from experiments.benchmarks.population import LinearUsers, Prior, Session, excess, posterior
+from experiments.benchmarks.population.linear import LinearUsers, Prior, Session, excess, posterior
 from experiments.config import ConfigError
 from experiments.envs.population import SIZE, SPLITS, Population
 from timescales import Every

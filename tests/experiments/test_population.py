@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from experiments.benchmarks.population import (
+from experiments.benchmarks.population.linear import (
     LinearUsers,
     Prior,
     Session,

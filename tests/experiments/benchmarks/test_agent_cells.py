@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.benchmarks import agent_cells, cells, continual, page
-from experiments.benchmarks.agent_cells import STREAM, Clock
-from experiments.benchmarks.agent_methods import AGENT_METHODS, FAST, FIELDS
+from experiments.benchmarks import cells, continual
 from experiments.benchmarks.cells import Cell, Result
+from experiments.benchmarks.tasks import agent_cells, page
+from experiments.benchmarks.tasks.agent_cells import STREAM, Clock
+from experiments.benchmarks.tasks.agent_methods import AGENT_METHODS, FAST, FIELDS
 from experiments.config import Config, ConfigError, levels_of, load_config
 from experiments.envs.known import check_env
 from experiments.evaluate import contexts_of

@@ -8,11 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.benchmarks import cartpole_users, users
-from experiments.benchmarks.cartpole_users import TIERS, cell_of, cells, place
-from experiments.benchmarks.user_play import Play, returns, seat, somebody_else, visit
-from experiments.benchmarks.user_rounds import Arrays, Size, alike, cohort, consolidated, new, old
-from experiments.benchmarks.users_told import area, gates, summary, swapped, told, worst
+from experiments.benchmarks import users
+from experiments.benchmarks.population import cartpole as cartpole_users
+from experiments.benchmarks.population.cartpole import TIERS, cell_of, cells, place
+from experiments.benchmarks.population.play import Play, returns, seat, somebody_else, visit
+from experiments.benchmarks.population.rounds import (
+    Arrays,
+    Size,
+    alike,
+    cohort,
+    consolidated,
+    new,
+    old,
+)
+from experiments.benchmarks.population.told import area, gates, summary, swapped, told, worst
 from experiments.build import build_agent
 from experiments.config import Config
 from experiments.envs import make_envs

@@ -8,16 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments.benchmarks import (
-    board,
-    cells,
-    continual,
-    page,
-    supervised,
-    supervised_cells,
-)
+from experiments.benchmarks import cells, continual
 from experiments.benchmarks.cells import Cell, Result
-from experiments.benchmarks.summary import failures, normalised, summarise
+from experiments.benchmarks.tasks import board, page, supervised, supervised_cells
+from experiments.benchmarks.tasks.summary import failures, normalised, summarise
 from experiments.config import ConfigError
 
 WORDS = ["--seeds", "2", "tasks=2", "samples=40", "hidden=6,6,6,6", "batch=8", "ewc_rows=16"]

@@ -9,13 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.benchmarks import (
-    dynamics,
-    dynamics_cells,
-    dynamics_measures,
-    dynamics_page,
-)
-from experiments.benchmarks.dynamics_cells import FULL, SIZES, VARIANTS, Cell, World
+from experiments.benchmarks import dynamics
+from experiments.benchmarks.recorded import dynamics_cells, dynamics_measures, dynamics_page
+from experiments.benchmarks.recorded.dynamics_cells import FULL, SIZES, VARIANTS, Cell, World
 from experiments.config import ConfigError
 from worldmodel.shortcut import Clip
 

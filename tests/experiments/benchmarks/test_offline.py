@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.benchmarks import offline, offline_board, offline_page, offline_play, offline_told
-from experiments.benchmarks.offline_play import Outcome
+from experiments.benchmarks import offline
+from experiments.benchmarks.recorded import board as offline_board
+from experiments.benchmarks.recorded import page as offline_page
+from experiments.benchmarks.recorded import play as offline_play
+from experiments.benchmarks.recorded import told as offline_told
+from experiments.benchmarks.recorded.play import Outcome
 from experiments.config import ConfigError
 from experiments.config.dreamer4 import Dreamer4Config, load_dreamer4
 from experiments.data.clips import Clips

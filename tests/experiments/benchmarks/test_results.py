@@ -7,7 +7,7 @@ import pytest
 
 from experiments.benchmarks import results
 from experiments.benchmarks.cells import Cell, Result
-from experiments.benchmarks.summary import summarise
+from experiments.benchmarks.tasks.summary import summarise
 
 PLAN = [
     Cell("cl/A-v0", name, (0, 1, 2), {"tasks": 2, "again": "flipped", "frames": 80})

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from experiments.benchmarks import agent_cells, schedules
-from experiments.benchmarks.agent_methods import FIELDS
 from experiments.benchmarks.cells import Cell
-from experiments.benchmarks.supervised import Settings
+from experiments.benchmarks.tasks import agent_cells, schedules
+from experiments.benchmarks.tasks.agent_methods import FIELDS
+from experiments.benchmarks.tasks.supervised import Settings
 from experiments.config import levels_of
 from timescales import Level, Timescales
 

@@ -7,8 +7,8 @@ from typing import Any, Self
 import pytest
 
 from experiments.benchmarks import speed
-from experiments.benchmarks.reference import Spec
-from experiments.benchmarks.worker import WorkerError
+from experiments.benchmarks.timing.reference import Spec
+from experiments.benchmarks.timing.worker import WorkerError
 from experiments.cli import main as nested
 from experiments.config import ConfigError
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.benchmarks import streams
-from experiments.benchmarks.streams import NAMES, Rows, Stream, make_stream
+from experiments.benchmarks.tasks import streams
+from experiments.benchmarks.tasks.streams import NAMES, Rows, Stream, make_stream
 from experiments.config import ConfigError
 
 

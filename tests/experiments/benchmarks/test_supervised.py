@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.benchmarks import baselines, supervised
-from experiments.benchmarks.baselines import METHODS
-from experiments.benchmarks.streams import Rows, Stream, make_stream
-from experiments.benchmarks.supervised import Learner, Settings
+from experiments.benchmarks.tasks import baselines, supervised
+from experiments.benchmarks.tasks.baselines import METHODS
+from experiments.benchmarks.tasks.streams import Rows, Stream, make_stream
+from experiments.benchmarks.tasks.supervised import Learner, Settings
 
 DIGITS, SLOW = "cl/PermutedDigits-v0", "cl/SlowRegression-v0"
 SMALL = Settings(

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.benchmarks import cells, tracked
+from experiments.benchmarks import cells
 from experiments.benchmarks.cells import Cell, Result
-from experiments.benchmarks.summary import summarise
+from experiments.benchmarks.tasks import tracked
+from experiments.benchmarks.tasks.summary import summarise
 
 CELL = Cell("cl/A-v0", "k3", (0, 1), {"tasks": 2, "lr": 0.1})
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.benchmarks.worker import Worker, WorkerError
+from experiments.benchmarks.timing.worker import Worker, WorkerError
 
 CHILD = """
-from experiments.benchmarks.worker import peak_mb, serve
+from experiments.benchmarks.timing.worker import peak_mb, serve
 import os
 def grow(n):
     before, block = peak_mb(), bytearray(n << 20)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.benchmarks import machine, parts, workload
-from experiments.benchmarks.flops import flops_of, operations, update_flops
-from experiments.benchmarks.reference import Spec, configured
+from experiments.benchmarks.timing import machine, parts, workload
+from experiments.benchmarks.timing.flops import flops_of, operations, update_flops
+from experiments.benchmarks.timing.reference import Spec, configured
 from experiments.build import build_agent
 from experiments.config import ConfigError, levels_of
 from experiments.driver import replayed_batch

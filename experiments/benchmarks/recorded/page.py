@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.benchmarks.offline_play import LEARNED, Curve, Outcome
-from experiments.benchmarks.offline_told import described
+from experiments.benchmarks.recorded.play import LEARNED, Curve, Outcome
+from experiments.benchmarks.recorded.told import described
 from experiments.benchmarks.statistics import bootstrap, shown
 from experiments.record.curves import FAINT, INK, PALETTE, Line, label_ends
 
@@ -34,7 +34,7 @@ def draw(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from experiments.record.report import STYLE
+    from experiments.record.curves import STYLE
 
     names = result["measures"]
     with rc_context(STYLE):

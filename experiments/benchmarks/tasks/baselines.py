@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.benchmarks import plasticity
-from experiments.benchmarks.schedules import (
+from experiments.benchmarks.tasks import plasticity
+from experiments.benchmarks.tasks.schedules import (
     accumulated,
     clocked,
     cls_er,
@@ -24,8 +24,8 @@ from experiments.benchmarks.schedules import (
     renewable,
     scaled,
 )
-from experiments.benchmarks.streams import Rows, rng
-from experiments.benchmarks.supervised import (
+from experiments.benchmarks.tasks.streams import Rows, rng
+from experiments.benchmarks.tasks.supervised import (
     Hooks,
     Learner,
     Method,

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from experiments.benchmarks.user_rounds import Arrays, Size, measure
-from experiments.benchmarks.users_page import draw
-from experiments.benchmarks.users_told import Found, summary
+from experiments.benchmarks.population.page import draw
+from experiments.benchmarks.population.rounds import Arrays, Size, measure
+from experiments.benchmarks.population.told import Found, summary
 from experiments.config import Config, load_config
 from experiments.together import train_together
 

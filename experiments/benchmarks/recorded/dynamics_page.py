@@ -182,7 +182,7 @@ def draw(result: Row, cells: Path, folder: Path) -> list[Path]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from experiments.record.report import STYLE
+    from experiments.record.curves import STYLE
 
     folder.mkdir(parents=True, exist_ok=True)
     made = []

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.benchmarks import plasticity
-from experiments.benchmarks.flops import moved_bytes
-from experiments.benchmarks.streams import Rows, Stream
+from experiments.benchmarks.tasks import plasticity
+from experiments.benchmarks.tasks.streams import Rows, Stream
+from experiments.benchmarks.timing.flops import moved_bytes
 from timescales import Level, Timescales
 
 Params = dict[str, Tensor]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks.offline_play import LEARNED, Outcome, Returns
+from experiments.benchmarks.recorded.play import LEARNED, Outcome, Returns
 from experiments.benchmarks.results import between, tabled
 from experiments.benchmarks.statistics import (
     RESAMPLES,

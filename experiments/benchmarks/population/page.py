@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from experiments.benchmarks.user_rounds import Arrays, Size
+from experiments.benchmarks.population.rounds import Arrays, Size
 from experiments.record.curves import FAINT, PALETTE
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def draw(found: Found, size: Size, frames: int, path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from experiments.record.report import STYLE
+    from experiments.record.curves import STYLE
 
     fast, plain = list(found["fast"].values()), list(found["memoryless"].values())
     with rc_context(STYLE):

@@ -1,8 +1,8 @@
 """A suite in MLflow: a parent run with the page and the tables, one child for each cell.
 
-A process of its own (`python -m experiments.benchmarks.tracked OUT URI`), so that mlflow is never
-imported where something learns. Children are found again by their cell, which never changes: a
-suite that went on adds what is new. Charts are grouped by the part of a name before the slash:
+A process of its own (`python -m experiments.benchmarks.tasks.tracked OUT URI`), so that mlflow is
+never imported where something learns. Children are found again by their cell, which never changes:
+a suite that went on adds what is new. Charts are grouped by the part of a name before the slash:
 `final/` with `low/` and `high/` the ends of its interval, `score/` on each task after so many
 tasks, `course/` in each context by frames, `cost/`.
 """

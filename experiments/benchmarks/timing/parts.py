@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 
-from experiments.benchmarks.machine import synchronize
+from experiments.benchmarks.timing.machine import synchronize
 from experiments.loop import Loop
 from experiments.train import learn
 

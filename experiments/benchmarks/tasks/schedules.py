@@ -7,7 +7,7 @@ batch, and for an average that is returned to a rate of the same travel.
 
 from collections.abc import Callable, Mapping
 
-from experiments.benchmarks.supervised import Settings
+from experiments.benchmarks.tasks.supervised import Settings
 from timescales import REST, Descend, Every, Level, Reset, Rule, presets, rules
 
 Sizes = Mapping[str, int]

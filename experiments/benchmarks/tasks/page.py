@@ -29,7 +29,7 @@ def draw(
     """Draw `continual-STREAM.png` for each stream of the summary; returns the paths."""
     from matplotlib import rc_context
 
-    from experiments.record.report import STYLE
+    from experiments.record.curves import STYLE
 
     paths = []
     for stream, found in summary.items():

@@ -10,7 +10,8 @@ from typing import NamedTuple, Self
 
 from experiments.config import Config, load_config
 
-FRAMES = "experiments.benchmarks.frames:RandomFrames-v0"  # gymnasium imports what is before the :
+# gymnasium imports what stands before the colon
+FRAMES = "experiments.benchmarks.timing.frames:RandomFrames-v0"
 REFERENCE = (
     f"env.id={FRAMES}", "env.units={}", "env.num=16", "env.workers=inprocess",
     "agent.starts=0", "agent.horizon=15", "replay.batch=16", "replay.length=64",

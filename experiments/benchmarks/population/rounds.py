@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from agents import Dreamer
-from experiments.benchmarks.user_play import Play, displaced, returns, somebody_else, visit
+from experiments.benchmarks.population.play import Play, displaced, returns, somebody_else, visit
 from experiments.build import build_timescales
 from experiments.config import Config
 from experiments.envs.population import SPLITS, Population

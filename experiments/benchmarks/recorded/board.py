@@ -10,7 +10,7 @@ from typing import NamedTuple
 from rich import box
 from rich.table import Table
 
-from experiments.benchmarks.offline_play import FILE, LEARNED
+from experiments.benchmarks.recorded.play import FILE, LEARNED
 from experiments.config.dreamer4 import PHASES
 from experiments.progress import Screen, brief
 from experiments.record.metrics import tail

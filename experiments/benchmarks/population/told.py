@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks import metrics
+from experiments.benchmarks.population.rounds import Arrays, Size, alike
 from experiments.benchmarks.statistics import Interval, bootstrap
-from experiments.benchmarks.user_rounds import Arrays, Size, alike
 
 AREAS = (1, 10, 100)  # interactions
 Found = Mapping[str, Mapping[int, Arrays]]  # arm -> seed -> arrays

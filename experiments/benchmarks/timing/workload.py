@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from experiments import show
-from experiments.benchmarks import parts
-from experiments.benchmarks.flops import update_flops
-from experiments.benchmarks.machine import device_mb, matmul_gflops, memcpy_gb_s, synchronize
-from experiments.benchmarks.reference import Spec, configured
-from experiments.benchmarks.worker import peak_mb, serve
+from experiments.benchmarks.timing import parts
+from experiments.benchmarks.timing.flops import update_flops
+from experiments.benchmarks.timing.machine import device_mb, matmul_gflops, memcpy_gb_s, synchronize
+from experiments.benchmarks.timing.reference import Spec, configured
+from experiments.benchmarks.timing.worker import peak_mb, serve
 from experiments.build import make_rule
 from experiments.config import ConfigError, levels_of
 from experiments.config.levels import DescendConfig

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.benchmarks.population import Prior, Session, posterior
+from experiments.benchmarks.population.linear import Prior, Session, posterior
 from nested import RLSMemory
 from nested import linear as memory
 from nested.adapt import Adapter

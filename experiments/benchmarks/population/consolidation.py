@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.benchmarks.learners import linear
-from experiments.benchmarks.population import (
+from experiments.benchmarks.population.learners import linear
+from experiments.benchmarks.population.linear import (
     LinearUsers,
     Prior,
     Session,

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks import metrics
-from experiments.benchmarks.baselines import METHODS
 from experiments.benchmarks.cells import Cell, Family, Result, Tell
-from experiments.benchmarks.schedules import RULES
-from experiments.benchmarks.streams import check_stream, make_stream
-from experiments.benchmarks.supervised import Settings, flops, learn
+from experiments.benchmarks.tasks.baselines import METHODS
+from experiments.benchmarks.tasks.schedules import RULES
+from experiments.benchmarks.tasks.streams import check_stream, make_stream
+from experiments.benchmarks.tasks.supervised import Settings, flops, learn
 from experiments.config import ConfigError
 
 LAYERS = {"k2": 2, "k3": 3, "k3_rates": 3, "k5": 5}  # that a schedule by depth needs

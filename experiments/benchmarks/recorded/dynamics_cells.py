@@ -16,7 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.benchmarks.dynamics_measures import Features, chunks, frechet, imagined, psnr
+from experiments.benchmarks.recorded.dynamics_measures import (
+    Features,
+    chunks,
+    frechet,
+    imagined,
+    psnr,
+)
 from experiments.config import ConfigError
 from experiments.config.models import EnvConfig
 from experiments.data.clips import Clips

@@ -19,9 +19,9 @@ import torch
 
 from agents import Dreamer
 from experiments.benchmarks import metrics
-from experiments.benchmarks.agent_methods import AGENT_METHODS, FIELDS, configured
 from experiments.benchmarks.cells import Cell, Family, Result, Tell
-from experiments.benchmarks.flops import moved_bytes, operations
+from experiments.benchmarks.tasks.agent_methods import AGENT_METHODS, FIELDS, configured
+from experiments.benchmarks.timing.flops import moved_bytes, operations
 from experiments.build import build_agent, build_timescales, slow_critic
 from experiments.config import Config, ConfigError
 from experiments.driver import to_batch

@@ -1,0 +1,1 @@
+"""The parts of `nested bench users`: a linear population, and users who each have a CartPole."""

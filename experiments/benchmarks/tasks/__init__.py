@@ -1,0 +1,1 @@
+"""The parts of `nested bench continual`: streams of tasks, methods, who learns them, pages."""

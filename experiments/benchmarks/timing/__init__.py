@@ -1,0 +1,1 @@
+"""What the speed suites measure: workloads, parts, peers, and the machine itself."""
