@@ -68,10 +68,10 @@ class Size(NamedTuple):
     sequences: int = 96  # open loop: held-out clips,
     watched: int = 4  # frames of each that are seen
     horizon: int = 16  # and frames after them
-    rollouts: int = 128  # from nothing, with the actions of held-out clips,
+    rollouts: int = 192  # from nothing, with the actions of held-out clips,
     drift: int = 24  # of so many frames,
-    chunk: int = 8  # which are cut into chunks,
-    components: int = 16  # of which so many principal components are compared, twice
+    chunk: int = 4  # which are cut into chunks,
+    components: int = 64  # of which so many principal components are compared, twice
     shown: int = 4  # sequences kept as pictures
 
 

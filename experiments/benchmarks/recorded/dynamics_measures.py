@@ -60,7 +60,8 @@ class Features:
 
     What they show is the mean of their frames, how they move are the differences of neighbours;
     each in units of its deviation in real chunks, on as many principal components of those. In one
-    piece the places of things, which differ most and never move, would be all that is compared.
+    piece the places of things, which differ most and never move, would be all that is compared;
+    with few components a picture that flickers everywhere passes for a real one.
     """
 
     def __init__(self, real: np.ndarray, count: int):

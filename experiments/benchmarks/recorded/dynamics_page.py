@@ -152,11 +152,11 @@ def rows_of(row: Row, result: Row, papers: Mapping[tuple[str, bool], int]) -> li
 
 
 def pairs_of(row: Row, result: Row) -> list[str]:
-    """A table of differences; bold where the interval leaves out zero."""
-    cells = []
+    """A table of differences; bold where enough seeds give an interval that leaves out zero."""
+    cells, enough = [], result["seeds"] >= ENOUGH
     for one in row["differences"]:
         found = [shown(one[name], form) for name, form in (("psnr", "+.2f"), ("frechet", "+.3f"))]
-        bold = [clear(one[name], 1) or clear(one[name], -1) for name in ("psnr", "frechet")]
+        bold = [enough and (clear(one[name], 1) or clear(one[name], -1)) for name in GOOD]
         pair = f"{name_of(one['first'], result)} − {name_of(one['second'], result)}"  # noqa: RUF001
         cells.append([pair, *(f"**{x}**" if b else x for x, b in zip(found, bold, strict=True))])
     return tabled(["difference", "PSNR, dB", "distance"], cells)

@@ -232,6 +232,8 @@ def test_a_step_of_the_cascade_is_a_gain_where_its_interval_leaves_out_zero():
     assert dynamics_page.order(row) == (
         "Of 15 pairs of rows, 13 have distances in the order of the paper's FVD."
     )
+    assert sum("**" in line for line in dynamics_page.pairs_of(row, result)) == 4
+    assert "**" not in "".join(dynamics_page.pairs_of(row, {**result, "seeds": 2}))
     few = dynamics_page.verdict("ablation", row, {**result, "seeds": 2})
     assert "too few" in few and "Clearly" not in few
 
