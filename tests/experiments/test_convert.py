@@ -171,10 +171,9 @@ class Odd(gymnasium.Env):
 
 
 def minari_set(name: str, env: gymnasium.Env, episodes: list[dict[str, Any]]) -> None:
-    import minari
-    from minari.data_collector import EpisodeBuffer
-
-    buffer = [EpisodeBuffer(id=i, **one) for i, one in enumerate(episodes)]
+    minari = pytest.importorskip("minari")
+    collector = pytest.importorskip("minari.data_collector")
+    buffer = [collector.EpisodeBuffer(id=i, **one) for i, one in enumerate(episodes)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it wants an environment to evaluate in
         minari.create_dataset_from_buffers(
@@ -244,7 +243,7 @@ def test_a_minari_set_of_nested_observations_and_bounded_actions():
 
 @pytest.mark.usefixtures("minari_home")
 def test_a_minari_set_that_is_not_there_and_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch):
-    import minari
+    minari = pytest.importorskip("minari")
 
     def offline(name: str, download: bool) -> None:
         raise ConnectionError(f"cannot reach the host of {name}\nand more lines")
