@@ -94,7 +94,7 @@ TIERS = {
         ((DIGITS, "l2_init - plain", "online", 0.0),),
     ),
     "laptop": Tier(
-        "a quarter of an hour on two cores: every supervised baseline, and kinds of replay",
+        "twenty minutes on two cores: every supervised baseline, and kinds of replay",
         (
             *SUPERVISED_PLANS,
             Plan(STREAM, ("plain", "fifo", "reservoir"), 10, {"tasks": 2, **SHORT}),
