@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks.results import listed, tabled
+from experiments.benchmarks.results import between, listed, tabled
 from experiments.benchmarks.statistics import Interval, shown
 
 Row = Mapping[str, Any]
@@ -165,15 +165,8 @@ def pairs_of(row: Row, result: Row) -> list[str]:
 def put(path: Path, result: Row) -> None:
     """Write the block between the tier's marks; at the end of the page where it has none."""
     begin, end = (f"<!-- {word}dynamics {result['tier']} -->" for word in ("", "end "))
-    text = path.read_text("utf-8") if path.exists() else "# Results\n"
-    if begin not in text:
-        title = f"## World models from recordings, tier {result['tier']}"
-        text = f"{text.rstrip()}\n\n{title}\n\n{begin}\n{end}\n"
-    before, _, rest = text.partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise ValueError(f"{path}: {begin} has no {end} after it; put it where the tables end")
-    path.write_text(f"{before}{begin}\n{block(result)}\n{end}{after}", encoding="utf-8")
+    heading = f"World models from recordings, tier {result['tier']}"
+    between(path, begin, end, heading, block(result))
 
 
 # ---- pictures ----------------------------------------------------------------------------------
