@@ -1,7 +1,8 @@
 """Environments whose observations tell where they come from, so that slips in time or slot show.
 
 `Telltale` observes its time within the episode, the seed it was reset with and the action that it
-was last given; rewards are the time. An episode's length and its kind of end follow from its seed.
+was last given; rewards are the time, and `SHIFT` more for each hidden context before its own. An
+episode's length and its kind of end follow from its seed.
 """
 
 from typing import Any
@@ -13,6 +14,8 @@ from gymnasium import spaces
 from experiments.envs.slot import Slot
 
 ACTIONS = 5
+CONTEXTS = ("plain", "more", "most")
+SHIFT = 100.0
 
 
 def length(seed: int) -> int:
@@ -37,21 +40,23 @@ class Telltale(gymnasium.Env):
                 "action": spaces.Discrete(ACTIONS + 1),
             }
         )
-        self.time, self.seed, self.over = 0, 0, True
+        self.time, self.seed, self.over, self.shift = 0, 0, True, 0.0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        """Time 0 of the episode named by `seed`."""
+        """Time 0 of the episode named by `seed`, in the last context that was named."""
         assert seed is not None, "an episode was started without a seed of its own"
+        if options is not None:
+            self.shift = SHIFT * CONTEXTS.index(options["context"])
         self.time, self.seed, self.over = 0, seed, False
         return self._observe(0), {}
 
     def step(self, action: int):
-        """The next time; the reward is the time."""
+        """The next time; the reward is the time, and the context's shift."""
         assert not self.over, "stepped after the end of the episode"
         self.time += 1
         self.over = self.time == length(self.seed)
         ended = self.over and terminates(self.seed)
-        return self._observe(action + 1), float(self.time), ended, self.over and not ended, {}
+        return self._observe(action + 1), self.time + self.shift, ended, self.over and not ended, {}
 
     def _observe(self, action: int) -> dict[str, Any]:
         return {
@@ -64,6 +69,11 @@ class Telltale(gymnasium.Env):
 def telltale_slot(seed: int, slot: int) -> Slot:
     """A slot of Telltale; with `functools.partial(telltale_slot, seed)` a maker for GymEnvs."""
     return Slot(Telltale(), seed, slot, image_size=16)
+
+
+def shifting_slot(seed: int, slot: int) -> Slot:
+    """The same with hidden contexts."""
+    return Slot(Telltale(), seed, slot, image_size=16, contexts=CONTEXTS)
 
 
 def told_seed(obs: dict[str, np.ndarray]) -> np.ndarray:

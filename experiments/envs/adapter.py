@@ -1,7 +1,8 @@
 """Any gymnasium environment as `Envs`: N slots behind gymnasium's vector environments.
 
 Cheap environments are stepped in this process, slow ones in a worker process each; the rows are
-the same. Continuing replays the recorded actions of each slot's current episode.
+the same. Continuing replays the recorded actions of each slot's current episode, in its hidden
+context.
 """
 
 import multiprocessing
@@ -34,6 +35,7 @@ class GymEnvs(Envs):
     ):
         probe = make_slot(0)
         self.obs_spec, self.action_spec = probe.observations.spec, probe.actions.spec
+        self.contexts = probe.contexts
         self.num, self.cap = num, cap
         if workers == "auto":
             several = num > 1 and len(os.sched_getaffinity(0)) > 1
@@ -44,10 +46,9 @@ class GymEnvs(Envs):
         self._user = np.arange(num)
 
     def reset(self, context: str | Sequence[str] | None = None) -> Row:
-        """Starts a new episode in every slot; these environments have no hidden context."""
-        if context is not None:
-            raise ValueError(f"context {context!r}: this environment has no hidden contexts")
-        return self._row(self._vector.reset()[0])
+        """Starts a new episode in every slot, under `context` if one is named, or one a slot."""
+        options = None if context is None else {"context": self._named(context)}
+        return self._row(self._vector.reset(options=options)[0])
 
     def step(self, action: np.ndarray) -> Row:
         """Encoded actions (N, A)."""
@@ -74,6 +75,20 @@ class GymEnvs(Envs):
     def close(self) -> None:
         """Closes the environments and their processes."""
         self._vector.close()
+
+    def _named(self, context: str | Sequence[str]) -> list[str]:
+        """The name of each slot's context."""
+        if not self.contexts:
+            raise ValueError(f"context {context!r}: this environment has no hidden contexts")
+        names = [context] * self.num if isinstance(context, str) else list(context)
+        for name in names:
+            if name not in self.contexts:
+                raise ValueError(
+                    f"context {name!r} is unknown; choose from {', '.join(self.contexts)}"
+                )
+        if len(names) != self.num:
+            raise ValueError(f"{len(names)} contexts for {self.num} slots")
+        return names
 
     def _row(self, observed: dict[str, Any], action: np.ndarray | None = None) -> Row:
         flags = observed["flags"]

@@ -18,12 +18,41 @@ from gymnasium.wrappers import AddRenderObservation
 from experiments.config.models import EnvConfig
 from experiments.envs import cartpole, crafter, minigrid, recipes, userpop
 from experiments.envs.adapter import GymEnvs
-from experiments.envs.known import EXTRAS
+from experiments.envs.known import EXTRAS, OWN
 from experiments.envs.population import Population
 from experiments.envs.rows import Envs
 from experiments.envs.scale import Scaled
 from experiments.envs.slot import Slot
 from experiments.envs.spaces import Observations
+from experiments.envs.switch import SwitchEnv
+from experiments.envs.tasks import STREAMS
+
+# Our environments behind gymnasium's interface: where each is, and the steps of its episodes.
+SPECS = {
+    spec.id: spec
+    for spec in (
+        EnvSpec("crafter", entry_point=f"{crafter.__name__}:CrafterEnv"),
+        EnvSpec(recipes.ID, f"{recipes.__name__}:RecipesEnv", max_episode_steps=recipes.STEPS),
+        *(
+            EnvSpec(
+                name,
+                entry_point=f"{__name__}:open_stream",
+                max_episode_steps=stream.steps,
+                kwargs={"name": name},
+            )
+            for name, stream in STREAMS.items()
+        ),
+    )
+}
+
+for _spec in SPECS.values():
+    if _spec.id not in gymnasium.registry:
+        gymnasium.register(
+            _spec.id,
+            entry_point=_spec.entry_point,
+            max_episode_steps=_spec.max_episode_steps,
+            kwargs=_spec.kwargs,
+        )
 
 
 def make_envs(config: EnvConfig, num: int | None = None, seed: int = 0) -> Envs:
@@ -38,7 +67,8 @@ def _make_envs(config: EnvConfig, num: int, seed: int) -> Envs:
     if config.id == userpop.ID:
         return _userpop(config, num, seed)
     opening = Opening(find(config.id), config.pixels, dict(config.kwargs), config.time_limit)
-    make_slot = partial(_make_slot, opening, seed, config.image_size, config.action_repeat)
+    view = config.image_size, config.action_repeat, OWN.get(config.id, ())
+    make_slot = partial(_make_slot, opening, seed, view)
     return GymEnvs(make_slot, num, config.workers, cap_of(config.id, config.time_limit))
 
 
@@ -47,6 +77,13 @@ def open_env(
 ) -> gymnasium.Env:
     """A single environment by id, as the slots see it."""
     return Opening(find(name), pixels, kwargs or {}, time_limit)()
+
+
+def open_stream(name: str, oracle: bool = False, render_mode: str = "rgb_array") -> SwitchEnv:
+    """An environment that switches between gymnasium tasks; its entry point for gymnasium."""
+    tasks = STREAMS[name].tasks
+    opened = {key: Opening(find(task.id), True, task.kwargs) for key, task in tasks.items()}
+    return SwitchEnv(opened, oracle, render_mode)
 
 
 def find(name: str) -> EnvSpec:
@@ -62,14 +99,10 @@ def find(name: str) -> EnvSpec:
             except ModuleNotFoundError as missing:
                 raise ModuleNotFoundError(
                     f"environment {name!r} needs the package {missing.name!r}: "
-                    f"pip install '{install}'"
+                    f"pip install {install}"
                 ) from missing
-    if name == "crafter":
-        return EnvSpec(name, entry_point=crafter.CrafterEnv)
-    if name == recipes.ID:
-        steps = recipes.STEPS
-        entry = f"{recipes.__name__}:RecipesEnv"
-        return EnvSpec(name, entry_point=entry, max_episode_steps=steps)
+    if name in SPECS:
+        return SPECS[name]
     module, _, rest = name.rpartition(":")  # gymnasium's "module:id" imports the module first
     if module:
         importlib.import_module(module)
@@ -131,8 +164,8 @@ def _userpop(config: EnvConfig, num: int, seed: int) -> Envs:
     return userpop.UserPopEnvs(num, seed, limit, population=population, **options)
 
 
-def _make_slot(opening: Opening, seed: int, size: int, repeat: int, slot: int) -> Slot:
-    return Slot(opening(), seed, slot, size, repeat)
+def _make_slot(opening: Opening, seed: int, view: tuple, slot: int) -> Slot:
+    return Slot(opening(), seed, slot, *view)
 
 
 def _rendered(env: gymnasium.Env) -> gymnasium.Env:

@@ -10,37 +10,45 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 
 from experiments.config import Config, ConfigError, nearest
+from experiments.envs.tasks import NAMES
 
-# Ids of our own, with the hidden contexts that each can be in.
+# Ids of our own, with the hidden contexts that each can be in, the first one first.
 OWN: dict[str, tuple[str, ...]] = {
     "CartPoleShift-v0": ("normal", "flipped", "long", "heavy"),
     "UserPop-v0": ("train", "users", "clusters"),
+    **NAMES,
     "Recipes-v0": (),
     "crafter": (),
 }
 
-# Environments that step all slots at once, and the env.kwargs that each takes.
-NATIVE: dict[str, dict[str, type]] = {
+# Environments that step all slots at once: they know no pixels and no action_repeat.
+NATIVE = frozenset({"CartPoleShift-v0", "UserPop-v0"})
+# The env.kwargs that ids of our own take.
+TAKES: dict[str, dict[str, type]] = {
     "CartPoleShift-v0": {"oracle": bool},
     "UserPop-v0": {"oracle": bool, "epoch": int, "population": int, "differ": list},
+    **{name: {"oracle": bool} for name in NAMES},
 }
 # Options of our own environments behind gymnasium's interface, and the range of each.
 RANGES: dict[str, dict[str, tuple[int, int]]] = {"Recipes-v0": {"size": (3, 6)}}
 DIFFER = ("sign", "gravity", "length", "delay", "rotation", "wishes")  # traits of UserPop's users
 
-# What an id starts with: the package that is needed, and what installs it.
+# What an id starts with: the package that is needed, and the words after `pip install`.
 EXTRAS = {
-    "MiniGrid-": ("minigrid", "nested-timescales[minigrid]"),
-    "BabyAI-": ("minigrid", "nested-timescales[minigrid]"),
-    "ALE/": ("ale_py", "nested-timescales[atari]"),
-    "crafter": ("crafter", "nested-timescales[crafter]"),
+    "MiniGrid-": ("minigrid", "'nested-timescales[minigrid]'"),
+    "BabyAI-": ("minigrid", "'nested-timescales[minigrid]'"),
+    "MiniGrid3-": ("minigrid", "'nested-timescales[minigrid]'"),
+    "MiniHack": ("minihack", "'nested-timescales[minihack]'"),
+    "ALE/": ("ale_py", "'nested-timescales[atari]'"),
+    "Atari6-": ("ale_py", "'nested-timescales[atari]'"),
+    "crafter": ("crafter", "'nested-timescales[crafter]'"),
 }
 # Families that gymnasium itself registers whether or not they can run.
 _GYMNASIUM = {
-    "gymnasium.envs.box2d": ("Box2D", "gymnasium[box2d]"),
-    "gymnasium.envs.mujoco": ("mujoco", "gymnasium[mujoco]"),
-    "gymnasium.envs.phys2d": ("jax", "gymnasium[jax]"),
-    "gymnasium.envs.tabular": ("jax", "gymnasium[jax]"),
+    "gymnasium.envs.box2d": ("Box2D", "'gymnasium[box2d]'"),
+    "gymnasium.envs.mujoco": ("mujoco", "'gymnasium[mujoco]'"),
+    "gymnasium.envs.phys2d": ("jax", "'gymnasium[jax]'"),
+    "gymnasium.envs.tabular": ("jax", "'gymnasium[jax]'"),
 }
 
 
@@ -56,6 +64,8 @@ def check_env(config: Config) -> None:
     _contexts(name, "evaluate.contexts", config.evaluate.contexts)
     if name in NATIVE:
         _native(config)
+    if name in TAKES:
+        _takes(config)
     if name in RANGES:
         _within(config, RANGES[name])
 
@@ -63,7 +73,7 @@ def check_env(config: Config) -> None:
 def _need(name: str, package: str, install: str) -> None:
     if find_spec(package) is None:
         problem = f"needs the package {package}, which is not installed"
-        raise ConfigError("env.id", name, problem, f"pip install '{install}'")
+        raise ConfigError("env.id", name, problem, f"pip install {install}")
 
 
 def _registered(name: str) -> None:
@@ -110,19 +120,19 @@ def _contexts(name: str, field: str, contexts: tuple[str, ...]) -> None:
 
 
 def _native(config: Config) -> None:
-    """What is stepped for all slots at once takes few options, or none."""
-    env, takes = config.env, NATIVE[config.env.id]
+    """What is stepped for all slots at once takes fewer options."""
+    env = config.env
     for field, used in {"pixels": env.pixels, "action_repeat": env.action_repeat != 1}.items():
         if used:
             raise ConfigError(
                 f"env.{field}", vars(env)[field], f"{env.id} does not take it",
                 "leave it out, or use CartPole-v1",
             )  # fmt: skip
-    if env.kwargs and not takes:
-        raise ConfigError(
-            "env.kwargs", env.kwargs, f"{env.id} does not take it",
-            "leave it out, or use CartPole-v1",
-        )  # fmt: skip
+
+
+def _takes(config: Config) -> None:
+    """Options of an environment of our own: known ones, of the right kind."""
+    env, takes = config.env, TAKES[config.env.id]
     for key, value in env.kwargs.items():
         if key not in takes or type(value) is not takes[key]:
             listed = ", ".join(f"{name}: {kind.__name__}" for name, kind in takes.items())

@@ -1,9 +1,9 @@
 """One environment slot: a gymnasium environment in our row format that can be replayed.
 
 Each episode is reset with a seed derived from (seed, slot, episode) and its actions are recorded,
-so the slot's whole state is those three numbers and the actions so far. The flags of a row
-travel inside the observation: a slot restarts itself, and the vector environments around it, which
-can not be put back into the middle of an episode, never see an end.
+so the slot's whole state is those three numbers, its hidden context and the actions so far. The
+flags of a row travel inside the observation: a slot restarts itself, and the vector environments
+around it, which can not be put back into the middle of an episode, never see an end.
 """
 
 from typing import Any
@@ -25,8 +25,18 @@ def episode_seed(seed: int, slot: int, episode: int) -> int:
 class Slot(gymnasium.Env):
     """Observes {"obs": flat dict, "flags": (reward, first, terminal, last)}; acts encoded (A,)."""
 
-    def __init__(self, env: gymnasium.Env, seed: int, slot: int, image_size: int, repeat: int = 1):
+    def __init__(
+        self,
+        env: gymnasium.Env,
+        seed: int,
+        slot: int,
+        image_size: int,
+        repeat: int = 1,
+        contexts: tuple[str, ...] = (),
+    ):
         self.env = env
+        self.contexts = contexts
+        self.context = contexts[0] if contexts else None
         self.observations = Observations(env.observation_space, image_size)
         self.actions = Actions(env.action_space)
         flags = spaces.Box(-np.inf, np.inf, (4,), np.float64)
@@ -39,9 +49,17 @@ class Slot(gymnasium.Env):
         self.last = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        """Starts the next episode, or returns to `options["restore"][slot]`, a state."""
-        restore = (options or {}).get("restore")
-        return (self._start() if restore is None else self._restore(restore[self.slot])), {}
+        """Starts the next episode, or returns to `options["restore"][slot]`, a state.
+
+        `options["context"]`, one name or one a slot, is the hidden context until it is set again.
+        """
+        options = options or {}
+        if "restore" in options:
+            return self._restore(options["restore"][self.slot]), {}
+        if "context" in options:
+            named = options["context"]
+            self.context = named if isinstance(named, str) else named[self.slot]
+        return self._start(), {}
 
     def step(self, action: np.ndarray):
         """One step, or the start of the next episode if this one is over."""
@@ -49,9 +67,10 @@ class Slot(gymnasium.Env):
         return row, 0.0, False, False, {}
 
     def state(self) -> dict[str, Any]:
-        """Seed, episode and the encoded actions (t, A) of the episode so far."""
+        """Seed, episode, hidden context and the encoded actions (t, A) of the episode so far."""
         taken = np.array(self.taken, np.float32).reshape(-1, self.actions.spec.dim)
-        return {"seed": self.seed, "episode": self.episode, "actions": taken}
+        told = {"context": self.context} if self.contexts else {}
+        return {"seed": self.seed, "episode": self.episode, "actions": taken, **told}
 
     def close(self) -> None:
         """Closes the environment."""
@@ -61,7 +80,9 @@ class Slot(gymnasium.Env):
         self.episode += 1
         self.taken = []
         self.last = False
-        obs, _ = self.env.reset(seed=episode_seed(self.seed, self.slot, self.episode))
+        seed = episode_seed(self.seed, self.slot, self.episode)
+        options = {"context": self.context} if self.contexts else None
+        obs, _ = self.env.reset(seed=seed, options=options)
         return self._row(obs, 0.0, True, False)
 
     def _advance(self, action: np.ndarray) -> dict[str, Any]:
@@ -78,6 +99,7 @@ class Slot(gymnasium.Env):
 
     def _restore(self, state: dict[str, Any]) -> dict[str, Any]:
         self.seed, self.episode = int(state["seed"]), int(state["episode"]) - 1
+        self.context = state.get("context", self.context)
         row = self._start()
         for action in state["actions"]:
             row = self._advance(action)

@@ -1,0 +1,77 @@
+"""Environments that switch between gymnasium tasks, as data: their hidden contexts, in order.
+
+MiniGrid3-v0 and MiniHack4-v0 are the small streams of Continual-Dreamer (Kessler et al. 2023, arXiv
+2211.15944), Atari6-v0 is CORA's (Powers et al. 2021, arXiv 2110.10067), CoinRun6-v0 that of ARROW
+(arXiv 2603.11395) in its original order. Nothing is imported here.
+"""
+
+from typing import Any, NamedTuple
+
+
+class Task(NamedTuple):
+    """One context: a gymnasium id, and what it is made with."""
+
+    id: str
+    kwargs: dict[str, Any]
+
+
+class Stream(NamedTuple):
+    """Tasks by the names of their contexts; `steps` cuts an episode off, None leaves it to them."""
+
+    tasks: dict[str, Task]
+    steps: int | None = None
+
+
+# The agent's own cut of 5 x 5 tiles, as a neutral human male monk that only walks.
+_MINIHACK: dict[str, Any] = {
+    "observation_keys": ("pixel_crop",),
+    "obs_crop_h": 5,
+    "obs_crop_w": 5,
+    "character": "mon-hum-neu-mal",
+    "reward_win": 1,
+    "reward_lose": 0,
+    "penalty_step": -0.001,
+    "penalty_time": 0.0,
+    "penalty_mode": "constant",
+}
+
+
+def _minihack(name: str) -> Task:
+    return Task(f"MiniHack-{name}-v0", _MINIHACK)
+
+
+def _atari(name: str) -> Task:
+    """As the v5 ids are: four frames a step, actions that stick; all 18 actions in every game."""
+    return Task(f"ALE/{name}-v5", {"full_action_space": True})
+
+
+STREAMS = {
+    "MiniGrid3-v0": Stream(
+        {
+            "doorkey": Task("MiniGrid-DoorKey-8x8-v0", {"size": 9}),  # no id of 9 x 9 is registered
+            "lava": Task("MiniGrid-LavaCrossingS9N1-v0", {}),
+            "simple": Task("MiniGrid-SimpleCrossingS9N1-v0", {}),
+        },
+        steps=100,
+    ),
+    "MiniHack4-v0": Stream(
+        {
+            "room": _minihack("Room-Random-15x15"),
+            "trap": _minihack("Room-Trap-15x15"),
+            "narrow": _minihack("River-Narrow"),
+            "monster": _minihack("River-Monster"),
+        },
+        steps=100,
+    ),
+    "Atari6-v0": Stream(
+        {
+            "invaders": _atari("SpaceInvaders"),
+            "krull": _atari("Krull"),
+            "beamrider": _atari("BeamRider"),
+            "hero": _atari("Hero"),
+            "stargunner": _atari("StarGunner"),
+            "pacman": _atari("MsPacman"),
+        }
+    ),
+}
+NAMES: dict[str, tuple[str, ...]] = {name: tuple(stream.tasks) for name, stream in STREAMS.items()}
