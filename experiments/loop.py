@@ -28,6 +28,7 @@ from experiments.record.run import ENDS, State
 from experiments.visits import make_sessions
 from timescales import Ratio
 
+LIVED = {"return": 0.0, "length": 0.0, "episodes": 0, "reward": 0.0, "frames": 0}
 SEEDS = ("envs", "act", "learn", "replay", "prefill", "levels")  # one stream each
 
 
@@ -56,7 +57,7 @@ class Loop:
         self.replay = Replay(replay.kind, replay.capacity, replay.length, seed["replay"])
         self.ratio = Ratio(config.train.ratio, replay.batch * replay.length)
         self.frame, self.before, self.updates, self.phase = 0, 0, 0, -1
-        self.ended = {"return": 0.0, "length": 0.0, "episodes": 0}
+        self.lived = dict(LIVED)
         self.sums: dict[str, Tensor] = {}
         self.gathered = 0
         self._clock, self._clocked = time.perf_counter(), (0, 0)
@@ -130,7 +131,7 @@ class Loop:
     def enter_phase(self) -> None:
         """Move the environment into the hidden context of this frame, if it is a new one."""
         contexts = self.config.env.contexts
-        phase = self.frame * len(contexts) // self.config.frames if contexts else 0
+        phase = self.config.phase_at(self.frame)
         if phase != self.phase:
             self.driver.reset(contexts[phase] if contexts else None)
             self.sessions.follow(self.driver)
@@ -142,12 +143,14 @@ class Loop:
         """Count the frames and episodes of a step, and move the levels on those clocks."""
         self.before, self.frame = self.frame, self.frame + self.envs.num
         self.timescales.tick("frame", self.envs.num)
+        self.lived["reward"] += float(step.row.reward.sum())
+        self.lived["frames"] += self.envs.num
         episodes = len(step.returns)
         if episodes:
             self.timescales.tick("episode", episodes)
-            self.ended["return"] += sum(step.returns)
-            self.ended["length"] += sum(step.lengths)
-            self.ended["episodes"] += episodes
+            self.lived["return"] += sum(step.returns)
+            self.lived["length"] += sum(step.lengths)
+            self.lived["episodes"] += episodes
         self.sessions.follow(self.driver, episodes)
 
     def updates_due(self) -> int:
@@ -172,13 +175,15 @@ class Loop:
         for names, values in self.sums.items():
             means = (values / self.gathered).tolist()
             metrics |= dict(zip(names.split(","), means, strict=True))
-        if self.ended["episodes"]:
+        lived = self.lived
+        metrics["train/reward"] = lived["reward"] / max(1, lived["frames"])  # mean of a frame
+        if lived["episodes"]:
             for key in ("return", "length"):
-                metrics[f"train/{key}"] = self.ended[key] / self.ended["episodes"]
-            metrics["train/episodes"] = self.ended["episodes"]
+                metrics[f"train/{key}"] = lived[key] / lived["episodes"]
+            metrics["train/episodes"] = lived["episodes"]
         metrics |= self.sessions.metrics() | self.timescales.metrics() | self._speed()
         self.run.log(self.frame, metrics)
-        self.ended = {"return": 0.0, "length": 0.0, "episodes": 0}
+        self.lived = dict(LIVED)
         self.sums, self.gathered = {}, 0
         bad = [k for k, v in metrics.items() if k.startswith("loss/") and not np.isfinite(v)]
         if bad:
@@ -216,7 +221,7 @@ class Loop:
             "generator": self.generator.get_state(),
             "random": self.random.bit_generator.state,
             "counts": [self.frame, self.before, self.updates, self.phase, self.gathered],
-            "ended": dict(self.ended),
+            "ended": dict(self.lived),
             "sums": dict(self.sums),
             "lines": self.run.metrics.lines,
         }
@@ -233,7 +238,7 @@ class Loop:
         self.generator.set_state(state["generator"])
         self.random.bit_generator.state = state["random"]
         self.frame, self.before, self.updates, self.phase, self.gathered = state["counts"]
-        self.ended = dict(state["ended"])
+        self.lived = LIVED | state["ended"]
         self.sums = {names: values.to(self.device) for names, values in state["sums"].items()}
         self.run.metrics.truncate(state["lines"])
         self._clocked = (self.frame, self.updates)

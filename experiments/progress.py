@@ -22,6 +22,14 @@ class Long(Protocol):
     def frames(self) -> int: ...
 
 
+class Watch(Protocol):
+    """Sees a run go on; `Progress` is one."""
+
+    def show(self, frame: int, metrics: Mapping[str, float]) -> None:
+        """What was just reported, or evaluated."""
+        ...
+
+
 class Progress:
     """Shows frames (or other units) done, the newest evaluation and the speed."""
 

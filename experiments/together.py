@@ -5,12 +5,11 @@ not change the shape of an agent or the number of updates; each has its own fold
 checkpoints, and learns what it would have learned alone, to rounding.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -18,10 +17,12 @@ from agents.group import Group, join_rows, split_rows
 from experiments.build import slow_critic
 from experiments.config import Config, ConfigError
 from experiments.config.errors import shown
+from experiments.config.models import EnvConfig
 from experiments.driver import Driver, Step, pack, replayed_batch, unpack
+from experiments.envs import make_envs
 from experiments.evaluate import evaluations
 from experiments.loop import Loop
-from experiments.progress import Progress
+from experiments.progress import Progress, Watch
 
 SAME = (
     "frames", "device", "precision", "threads", "env.id", "env.num", "model", "agent",
@@ -30,21 +31,13 @@ SAME = (
 GROUPED = ("none", "hebb", "delta", "gated_delta")  # memories whose weights may have groups
 
 
-class Watch(Protocol):
-    """Sees the first of the runs go on; `Progress` is one."""
-
-    def show(self, frame: int, metrics: Mapping[str, float]) -> None:
-        """What was just reported, or evaluated."""
-        ...
-
-
 def train_together(
     configs: Sequence[Config],
     watch: Callable[[Path, Config], AbstractContextManager[Watch]] = Progress,
 ) -> list[Path]:
     """Train runs of one shape side by side; returns their folders.
 
-    Raises ConfigError where they cannot run in step.
+    `watch` sees the first of them. Raises ConfigError where they cannot run in step.
     """
     check(configs)
     loops = [Loop.start(config) for config in configs]
@@ -134,3 +127,13 @@ def check(configs: Sequence[Config]) -> None:
             if one != other:
                 problem = f"runs side by side need one value, and another has {shown(one)}"
                 raise ConfigError(path, other, problem, alone)
+    if sees_images(configs[0].env):
+        problem = "observes images, and runs side by side see vectors"
+        raise ConfigError("env.id", configs[0].env.id, problem, alone)
+
+
+def sees_images(config: EnvConfig) -> bool:
+    """Whether an observation is an image; opens a slot to know."""
+    envs = make_envs(config, 1)
+    envs.close()
+    return any(spec.kind == "image" for spec in envs.obs_spec.values())

@@ -5,6 +5,8 @@ that is due, report, save. What it holds between steps is in loop.py, and all of
 checkpoint, so a run that is killed anywhere goes on bit for bit from its last one.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -14,13 +16,17 @@ from experiments.build import slow_critic
 from experiments.config import Config
 from experiments.driver import pack, replayed_batch, unpack
 from experiments.loop import Loop
-from experiments.progress import Progress
+from experiments.progress import Progress, Watch
 
 
-def train(config: Config, resume: Path | None = None) -> Path:
+def train(
+    config: Config,
+    resume: Path | None = None,
+    watch: Callable[[Path, Config], AbstractContextManager[Watch]] = Progress,
+) -> Path:
     """Train as configured, or go on with a run; returns the run's folder."""
     loop = Loop.resume(config, resume) if resume else Loop.start(config)
-    with Progress(loop.run.path, config) as progress, loop:
+    with watch(loop.run.path, config) as progress, loop:
         while not loop.done:
             loop.enter_phase()
             step = loop.driver.step(loop.random if loop.prefilling else None)

@@ -93,7 +93,12 @@ def fwt_zs(scores: np.ndarray) -> np.ndarray:
 
 
 def of_scores(scores: np.ndarray) -> dict[str, np.ndarray]:
-    """Every metric that R alone gives, by name, (...,) each; F needs two tasks."""
+    """Every metric that R alone gives, by name, (...,) each; F needs two tasks.
+
+    None of R (..., 1, 0): a stream without tasks.
+    """
+    if not np.shape(scores)[-1]:
+        return {}
     several = _checked(scores).shape[-1] > 1
     return {name: metric(scores) for name, metric in OF_SCORES.items() if several or name in OF_ONE}
 
@@ -172,13 +177,16 @@ def online_return(rewards: np.ndarray) -> np.ndarray:
     return np.asarray(rewards, np.float64).mean(-1)
 
 
-def dynamic_regret(rewards: np.ndarray, best: np.ndarray) -> np.ndarray:
+def dynamic_regret(
+    rewards: np.ndarray, best: np.ndarray, lengths: np.ndarray | float = 1.0
+) -> np.ndarray:
     """Regret (..., T) after each step: sum of `best - reward`.
 
     `best` is the mean reward of the best agent in the context of each step, known or a fresh
-    reference: an array that broadcasts to the rewards.
+    reference: an array that broadcasts to the rewards. Where a step stands for a stretch, as a
+    phase does, `lengths` says how long each is.
     """
-    return np.cumsum(np.asarray(best, np.float64) - rewards, axis=-1)
+    return np.cumsum((np.asarray(best, np.float64) - rewards) * lengths, axis=-1)
 
 
 def savings(first: np.ndarray, again: np.ndarray) -> np.ndarray:

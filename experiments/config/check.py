@@ -16,6 +16,7 @@ RESERVED = ("slow_critic", "params", "init", "zero", "user")  # names that the a
 def check(config: Config) -> None:
     """Raise ConfigError for the first combination of fields that cannot run."""
     _frames(config)
+    _lengths(config)
     _replay(config)
     _starts(config)
     _model(config)
@@ -29,7 +30,7 @@ def check(config: Config) -> None:
 
 
 def _frames(config: Config) -> None:
-    phases = max(1, len(config.env.contexts))
+    phases = 1 if config.env.lengths else max(1, len(config.env.contexts))
     unit = config.env.num * phases
     if config.frames % unit:
         near = max(unit, round(config.frames / unit) * unit)
@@ -41,6 +42,28 @@ def _frames(config: Config) -> None:
         raise ConfigError(
             "train.prefill", config.train.prefill, f"leaves nothing of frames={config.frames}",
             f"use at most {config.frames - config.env.num}",
+        )  # fmt: skip
+
+
+def _lengths(config: Config) -> None:
+    env, lengths = config.env, config.env.lengths
+    if not lengths:
+        return
+    if len(lengths) != len(env.contexts):
+        raise ConfigError(
+            "env.lengths", list(lengths), f"env.contexts has {len(env.contexts)} phases",
+            "give as many, or [] for phases of equal length",
+        )  # fmt: skip
+    for i, length in enumerate(lengths):
+        if length % env.num:
+            raise ConfigError(
+                f"env.lengths.{i}", length, f"is no multiple of env.num={env.num}",
+                f"use {max(env.num, round(length / env.num) * env.num)}",
+            )  # fmt: skip
+    if sum(lengths) != config.frames:
+        raise ConfigError(
+            "env.lengths", list(lengths), f"is {sum(lengths)} together, frames={config.frames}",
+            f"use frames={sum(lengths)}",
         )  # fmt: skip
 
 

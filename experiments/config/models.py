@@ -5,6 +5,8 @@ Only shapes and ranges of single fields live here; what ties fields together is 
 Importing this costs pydantic and nothing else: no torch, no gymnasium.
 """
 
+from bisect import bisect_right
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -54,7 +56,10 @@ class EnvConfig(Frozen):
     kwargs: dict[str, Any] = Field(default_factory=dict, description="given to gymnasium.make")
     contexts: tuple[str, ...] = Field(
         default=(),
-        description="hidden contexts in order, in phases of equal length; [] is stationary",
+        description="hidden contexts in order, a phase each; [] is stationary",
+    )
+    lengths: tuple[Count, ...] = Field(
+        default=(), description="frames of each phase; [] is phases of equal length"
     )
     action_repeat: Count = Field(default=1, description="steps for which each action is repeated")
     time_limit: int = Field(
@@ -362,6 +367,12 @@ class Config(Whole):
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    def phase_at(self, frame: int) -> int:
+        """The phase that a frame lies in, from 0."""
+        if self.env.lengths:
+            return bisect_right(list(accumulate(self.env.lengths)), frame)
+        return frame * len(self.env.contexts) // self.frames
 
 
 __all__ = ["SCALES", "SIZED", "SIZES", "Config", "LevelConfig", "Levels"]

@@ -14,7 +14,7 @@ from .models import SIZED
 Tree = dict[str, Any]
 Path = tuple[str, ...]
 LEVELS = ("timescales", "levels")
-OWN = frozenset({"contexts", "units", "kwargs"})  # of env: what one environment knows
+OWN = frozenset({"contexts", "lengths", "units", "kwargs"})  # of env: what one environment knows
 DROPPED: dict[Path, frozenset[str]] = {("model", "size"): SIZED, ("env", "id"): OWN}
 KEPT: dict[str, tuple[str, ...]] = {"timescales": ("rule",)}  # under another `kind` too
 

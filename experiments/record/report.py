@@ -6,6 +6,7 @@ colour-blind readers; those of levels run from light (fast) to dark (slow).
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,8 +76,10 @@ def gather(path: Path) -> Facts:
     run, config = Run.open(path), read_config(path)
     rows = read(path / "metrics.jsonl")
     names = [str(name) for name in (config.get("env") or {}).get("contexts") or []]
-    length = float(config.get("frames") or (rows[-1].step if rows else 1)) / max(1, len(names))
-    phases = [Phase(name, i * length, (i + 1) * length) for i, name in enumerate(names)]
+    whole = float(config.get("frames") or (rows[-1].step if rows else 1))
+    lengths = (config.get("env") or {}).get("lengths") or []
+    ends = [*accumulate(lengths)] or [(i + 1) * whole / len(names) for i in range(len(names))]
+    phases = [Phase(*of) for of in zip(names, [0.0, *ends], ends, strict=False)]
     return Facts(run, config, rows, level_rows(path, config), phases)
 
 

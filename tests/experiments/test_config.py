@@ -235,6 +235,21 @@ def test_another_environment_drops_what_only_the_former_knew():
     assert load("env.id=CartPoleShift-v0").env == load().env
 
 
+def test_phases_are_of_equal_length_or_of_their_own():
+    config = load()
+    assert [config.phase_at(frame) for frame in (0, 7992, 8000, 23992)] == [0, 0, 1, 2]
+    config = load("env.lengths=[16, 22984, 1000]")
+    assert [config.phase_at(frame) for frame in (0, 8, 16, 22992, 23000, 23992)] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]
+    assert load("env.id=Pendulum-v1").phase_at(100) == 0
+
+
 def test_another_size_drops_the_widths_of_a_resolved_file(tmp_path):
     (tmp_path / "run.yaml").write_text(load("model.size=1m").dump())
     model = load_config(tmp_path / "run.yaml", ["model.size=25m"]).model
@@ -297,6 +312,9 @@ MISTAKES = [
     ("env.num=7", "use"),
     ("frames=1000", "1008"),
     ("frames=-1", "use 1 or more"),
+    ("env.lengths=[16000,8000]", "phases of equal length"),
+    ("env.lengths=[8004,8000,7996]", "use 8000"),
+    ("env.lengths=[8000,8000,8008]", "use frames=24008"),
     ("train.prefill=24000", "at most"),
     ("train.prefill=100", "at least 128"),
     ("replay.capacity=200", "at least 256"),

@@ -8,7 +8,7 @@ import pytest
 from experiments.config import Config, ConfigError, load_config
 from experiments.evaluate import load_run
 from experiments.record.metrics import read
-from experiments.together import train_together
+from experiments.together import sees_images, train_together
 from experiments.train import train
 
 SMALL = (
@@ -70,6 +70,13 @@ def test_agents_that_cannot_be_grouped_are_refused_before_a_folder(
         train_together([config(tmp_path, override), config(tmp_path, "seed=1", override)])
     assert caught.value.field == field
     assert not any(tmp_path.iterdir())
+
+
+def test_images_are_refused_before_a_folder(tmp_path: Path):
+    pytest.importorskip("minigrid")
+    words = ("env.id=MiniGrid-Empty-5x5-v0", "env.pixels=false", "model.size=tiny")
+    assert not sees_images(config(tmp_path, *words).env)
+    assert sees_images(load_config("minigrid").env)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,16 @@ def test_phases_change_the_context_and_count_as_tasks():
 
 
 @pytest.mark.usefixtures("lean")
+def test_phases_of_their_own_length_and_what_a_frame_earned():
+    path = train(configure("env.lengths=[20,60,40] train.prefill=116"))
+    rows = [row.metrics for row in read(path / "metrics.jsonl") if "train/phase" in row.metrics]
+    assert [row["train/phase"] for row in rows] == [0, 1, 1, 1, 2, 2]
+    # a frame earns 1 unless an episode begins: in each slot once, then after 9 steps at most
+    assert rows[0]["train/reward"] == 16 / 20
+    assert all(0.6 <= row["train/reward"] <= 1 for row in rows[1:])
+
+
+@pytest.mark.usefixtures("lean")
 def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch):
     updates_due = Loop.updates_due
 

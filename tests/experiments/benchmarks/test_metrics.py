@@ -96,6 +96,9 @@ def test_streams_without_tasks():
     regret = metrics.dynamic_regret(rewards, np.array([1.0, 1.0, 0.5, 0.5]))
     assert regret.tolist() == [0.0, 1.0, 1.0, 0.5]  # better than the reference: it falls
     assert metrics.dynamic_regret(rewards, np.array(1.0)).tolist() == [0.0, 1.0, 1.5, 1.5]
+    stretches = metrics.dynamic_regret(rewards[:2], np.array([1.0, 0.5]), np.array([3.0, 2.0]))
+    assert stretches.tolist() == [0.0, 1.0]  # 3 (1 - 1), and 2 (0.5 - 0)
+    assert metrics.of_scores(np.zeros((5, 1, 0))) == {}
 
 
 def test_adaptation_and_consolidation():
