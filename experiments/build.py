@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from agents import Dreamer, make_actor
 from experiments.config import Config, ConfigError, LevelConfig, Part, levels_of
-from experiments.config.levels import DescendConfig, PullConfig
+from experiments.config.levels import DescendConfig, PullConfig, WeightedConfig
 from experiments.config.models import MemoryConfig
 from nested import (
     TTTMLP,
@@ -25,7 +25,19 @@ from nested import (
     RLSMemory,
     TTTLinear,
 )
-from timescales import REST, Descend, Every, Level, Pull, Relax, Reset, Timescales, presets, rules
+from timescales import (
+    REST,
+    Descend,
+    Every,
+    Level,
+    Pull,
+    Relax,
+    Reset,
+    Timescales,
+    Weighted,
+    presets,
+    rules,
+)
 from worldmodel import (
     RSSM,
     ActionSpec,
@@ -172,9 +184,15 @@ def make_level(name: str, level: LevelConfig, names: list[str]) -> Level:
         copy=level.copy_of,
         every=Every(**level.every.model_dump()),
         flow=make_flow(level.flow),
-        relax=tuple(Relax(r.to, r.rate, r.noise) for r in level.relax),
+        relax=tuple(Relax(r.to, make_rate(r.rate), r.noise) for r in level.relax),
         reset=tuple(Reset(r.to, Every(**r.every.model_dump()), r.clear_rule) for r in level.reset),
+        start=level.start,
     )
+
+
+def make_rate(rate: float | WeightedConfig) -> float | Weighted:
+    """A rate as timescales/ knows it."""
+    return Weighted(rate.by, rate.times) if isinstance(rate, WeightedConfig) else rate
 
 
 def make_flow(flow: DescendConfig | PullConfig | None) -> Descend | Pull | None:

@@ -7,7 +7,7 @@ Write a schedule as a list of `Level`s, hand it to `Timescales` with the named p
 from timescales import presets, rules
 from timescales.clock import Counters, Every, Ratio
 from timescales.engine import Timescales, timeline
-from timescales.level import REST, Descend, Level, Pull, Relax, Reset, Rule
+from timescales.level import REST, Descend, Level, Pull, Relax, Reset, Rule, Weighted
 
 __all__ = [
     "REST",
@@ -21,6 +21,7 @@ __all__ = [
     "Reset",
     "Rule",
     "Timescales",
+    "Weighted",
     "presets",
     "rules",
     "timeline",

@@ -13,8 +13,28 @@ import torch
 from torch import Tensor
 
 from timescales.clock import Counters, Every
-from timescales.foreach import Tensors, approach, average, copy_, difference, gradients, norm, zero_
-from timescales.level import Descend, Level, Pull, Rate, Relax, assign, describe_level
+from timescales.foreach import (
+    Tensors,
+    approach,
+    average,
+    copy_,
+    difference,
+    gradients,
+    norm,
+    share,
+    zero_,
+)
+from timescales.level import (
+    SQUARES,
+    Descend,
+    Level,
+    Pull,
+    Rate,
+    Relax,
+    Weighted,
+    assign,
+    describe_level,
+)
 from timescales.row import Row
 
 Sources = Mapping[str, tuple[Mapping[str, Tensor], Tensor | None]]
@@ -77,6 +97,8 @@ class Timescales:
             for row in rows:
                 row.gathered += n if unit == "update" else 0
                 row.armed = row.armed or measure
+                if row.squares and unit == "update":
+                    row.gather_squares()
             moved = {row.level.name for row in rows if self._flow_if_due(row, unit, span, given)}
             for row in rows:
                 if self._reset_if_due(row, unit, span, given):
@@ -225,6 +247,8 @@ class Timescales:
             return None
         if name == "init":
             return row.init
+        if name == SQUARES:
+            return row.take_squares()
         if name in given.sources:
             stacked, weights = given.sources[name]
             return [average(t, weights) for t in _pick(stacked, row, f"source {name!r}")]
@@ -236,6 +260,8 @@ class Timescales:
         return _pick(self.weights(name), row, f"level {name!r}")
 
     def _rate(self, row: Row, rate: Rate, given: _Given) -> float | Tensors:
+        if isinstance(rate, Weighted):
+            return share(_pick(self.weights(rate.by), row, f"level {rate.by!r}"), rate.times)
         if isinstance(rate, str):
             if rate not in given.rates:
                 raise ValueError(
@@ -262,12 +288,31 @@ class Timescales:
                 raise ValueError(f"level {level.name!r} moves toward {name!r}, which is itself")
             if name in self._rows:
                 _pick(self.weights(name), self._rows[level.name], f"level {name!r}")
+        for rate in (r.rate for r in level.relax):
+            if isinstance(rate, Weighted):
+                _pick(self.weights(rate.by), self._rows[level.name], f"level {rate.by!r}")
+        if SQUARES in names:
+            self._check_squares(level)
         clocks = [level.every, *(reset.every for reset in level.reset)]
         draws = any(every.p < 1.0 for every in clocks) or any(r.noise for r in level.relax)
         if draws and self._generator is None:
             raise ValueError(
                 f"level {level.name!r} draws random numbers: give Timescales a generator"
             )
+
+    def _check_squares(self, level: Level) -> None:
+        """A copy may follow the squares of gradients that owners use up at every update."""
+        if level.copy is None or level.every.unit != "update":
+            raise ValueError(
+                f"level {level.name!r} follows squared gradients: only a copy can, by updates"
+            )
+        for other in self.levels:
+            slow = other.copy is None and other.every != Every()
+            if slow and set(self._rows[other.name].names) & set(self._rows[level.name].names):
+                raise ValueError(
+                    f"level {level.name!r} follows squared gradients of {other.name!r}, which "
+                    f"gathers them and moves {other.every}: it must move every update"
+                )
 
 
 def fires(

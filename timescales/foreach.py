@@ -44,6 +44,19 @@ def normalised(tensors: Tensors, squares: Tensors, correction: float, eps: float
     return list(torch._foreach_div(tensors, roots))
 
 
+def over_mean(tensors: Tensors) -> Tensors:
+    """`tensors` over the mean of all their entries; zeros where that is zero."""
+    total = torch.stack([tensor.sum() for tensor in tensors]).sum()
+    mean = total / sum(tensor.numel() for tensor in tensors)
+    return list(torch._foreach_div(tensors, mean.clamp_min(torch.finfo(mean.dtype).tiny)))
+
+
+def share(tensors: Tensors, times: float) -> Tensors:
+    """`z / (1 + z)` of `z = times * tensors`."""
+    scaled = product(tensors, times)
+    return list(torch._foreach_div(scaled, torch._foreach_add(scaled, 1.0)))
+
+
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """Euclidean norm of each tensor, (len(tensors),), on their device."""
     return torch.stack(list(torch._foreach_norm(list(tensors))))

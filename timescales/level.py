@@ -21,11 +21,34 @@ from timescales.clock import Every
 Rule = Callable[[Iterable[Tensor]], Optimizer]
 """Makes the optimizer of some tensors: `rules.adamw(lr=3e-4)`, `partial(torch.optim.SGD, lr=1)`."""
 
-Rate = float | str | Callable[[int], float]
-"""A number, the name of per-weight tensors handed in at the tick, or a schedule of the number of
-updates the level has made before this one."""
 
-RESERVED: Final = ("params", "init", "zero")
+@dataclass(frozen=True)
+class Weighted:
+    """Per-weight rates `z / (1 + z)` where `z` is `times` the weights of the level `by`.
+
+    Under SGD the step of the penalty `times / (2 lr) by (w - to)**2`, taken implicitly: no strength
+    makes it unstable, and for small z it is the penalty's own step.
+    """
+
+    by: str
+    times: float
+
+    def __post_init__(self) -> None:
+        if not self.times >= 0.0:
+            raise ValueError(f"Weighted.times = {self.times!r}: 0 or more")
+
+    def __str__(self) -> str:
+        return f"z/(1+z), z = {self.times:g} {self.by}"
+
+
+Rate = float | str | Callable[[int], float] | Weighted
+"""A number, the name of per-weight tensors handed in at the tick, a schedule of the number of
+updates the level has made before this one, or what another level's weights make of it."""
+
+SQUARES: Final = "squares"
+"""Source: the mean square of the gradients since the level's last update, over its own mean."""
+
+RESERVED: Final = ("params", "init", "zero", SQUARES)
 
 
 class Rest(Enum):
@@ -68,9 +91,10 @@ class Pull:
             )
 
     def __str__(self) -> str:
+        source = "squared gradients" if self.source == SQUARES else self.source
         if self.outer is not None:
-            return f"pull to {self.source} by {describe(self.outer)}"
-        return f"pull to {self.source} at {describe(self.rate)}"
+            return f"pull to {source} by {describe(self.outer)}"
+        return f"pull to {source} at {describe(self.rate)}"
 
 
 @dataclass(frozen=True)
@@ -110,6 +134,7 @@ class Level:
     """A row of the schedule: `match` owns or `copy` shadows the parameters a regex finds.
 
     The list of levels runs from fastest to slowest. Without a flow a level only relaxes and resets.
+    A copy begins as the parameters are, or with `start="zero"` at zero.
     """
 
     name: str
@@ -119,8 +144,13 @@ class Level:
     flow: Descend | Pull | None = None
     relax: Sequence[Relax] = ()
     reset: Sequence[Reset] = ()
+    start: Literal["params", "zero"] = "params"
 
     def __post_init__(self) -> None:
+        if self.start not in ("params", "zero") or (self.start == "zero" and self.copy is None):
+            raise ValueError(
+                f"level {self.name!r}: start={self.start!r}; 'params', or 'zero' of a copy"
+            )
         if not self.name or "/" in self.name or self.name in RESERVED:
             raise ValueError(
                 f"a level cannot be called {self.name!r}: {RESERVED} and '/' are taken"

@@ -8,7 +8,18 @@ from collections.abc import Callable, Sequence
 
 from timescales import rules
 from timescales.clock import Every
-from timescales.level import REST, Descend, Level, Pull, Rate, Relax, Reset, Rule
+from timescales.level import (
+    REST,
+    SQUARES,
+    Descend,
+    Level,
+    Pull,
+    Rate,
+    Relax,
+    Reset,
+    Rule,
+    Weighted,
+)
 from timescales.split import Sizes, part
 
 ALL = "."  # as a `copy`: every parameter
@@ -160,6 +171,31 @@ def ewc(rule: Rule, fisher: str = "fisher") -> list[Level]:
     return [
         Level("all", match=REST, flow=Descend(rule), relax=(Relax("anchor", fisher),)),
         Level("anchor", copy=ALL, every=Every(unit="task"), flow=Pull("params")),
+    ]
+
+
+def online_ewc(
+    rule: Rule, strength: float, n: int = 500, decay: float = 0.95, anchored: str = ALL
+) -> list[Level]:
+    """Online EWC where no one tells when a task ends: every n updates count as one.
+
+    A window's end is the next one's anchor, and `fisher' = decay fisher + F` with F the window's
+    mean squared gradients over their own mean (Schwarz et al. 2018, arXiv 1805.06370, section 4,
+    after Kirkpatrick et al. 2017). Under SGD of rate lr the parameters that match `anchored` take
+    the step of `lam / 2 fisher (w - anchor)^2`, with `strength = lr lam`, as `Weighted` says.
+
+    Other than published: gradients are those of whole batches and not of single examples, windows
+    stand for tasks, and the penalty's step is implicit and decoupled from the rule. The level
+    `fisher` holds `1 - decay` times the sum above, as a running mean.
+    """
+    by = Weighted("fisher", strength / (1.0 - decay))
+    free = [] if anchored == ALL else [Level("free", match=REST, flow=Descend(rule))]
+    every = Every(n)
+    return [
+        Level("anchored", match=anchored, flow=Descend(rule), relax=(Relax("anchor", by),)),
+        *free,
+        Level("fisher", copy=anchored, every=every, flow=Pull(SQUARES, 1 - decay), start="zero"),
+        Level("anchor", copy=anchored, every=every, flow=Pull("params")),
     ]
 
 

@@ -12,8 +12,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from timescales.foreach import difference, div_, gradients, norm
-from timescales.level import Descend, Level, Pull, Rule
+from timescales.foreach import (
+    Tensors,
+    addcmul_,
+    difference,
+    div_,
+    gradients,
+    norm,
+    over_mean,
+    zero_,
+)
+from timescales.level import SQUARES, Descend, Level, Pull, Rule
 
 
 class Row:
@@ -27,6 +36,10 @@ class Row:
         self.names = list(live)
         owned = [t if level.copy is None else t.detach().clone() for t in live.values()]
         self.weights = owned
+        if level.start == "zero":
+            zero_(self.weights)
+        self._squared = list(live.values()) if reads_squares(level) else []
+        self.squares = [torch.zeros_like(t) for t in self._squared]
         self.keeps_init = any(part.to == "init" for part in (*level.relax, *level.reset))
         self.init = [t.detach().clone() for t in owned] if self.keeps_init else []
         rule = _rule(level)
@@ -42,6 +55,20 @@ class Row:
         """Let autograd start the next window."""
         for weight in self.weights:
             weight.grad = None
+
+    def gather_squares(self) -> None:
+        """Add up the squares of the gradients that stand in the live parameters."""
+        pairs = zip(self.squares, self._squared, strict=True)
+        found = [(total, w.grad) for total, w in pairs if w.grad is not None]
+        if found:
+            totals, grads = (list(column) for column in zip(*found, strict=True))
+            addcmul_(totals, grads, grads)
+
+    def take_squares(self) -> Tensors:
+        """What was gathered, over its mean, so that a window's scale says nothing; begins anew."""
+        found = over_mean(self.squares)
+        zero_(self.squares)
+        return found
 
     def has_window(self) -> bool:
         """Whether a backward has reached any of the weights since the last update."""
@@ -93,6 +120,7 @@ class Row:
             "window": {name: w.grad for name, w in named if w.grad is not None},
             "copy": dict(named) if self.level.copy is not None else {},
             "init": dict(zip(self.names, self.init, strict=True)) if self.keeps_init else {},
+            "squares": dict(zip(self.names, self.squares, strict=True)) if self.squares else {},
             "rule": self._rule_state(),
         }
 
@@ -110,6 +138,8 @@ class Row:
             self._load_into(self.weights, state.get("copy", {}), "copy")
         if self.keeps_init:
             self._load_into(self.init, state.get("init", {}), "init")
+        if self.squares:
+            self._load_into(self.squares, state.get("squares", {}), "squared gradients")
         if self.optimizer is not None:
             _load_rule_state(self.optimizer, self._names_by_id(), state.get("rule", {}))
 
@@ -126,6 +156,11 @@ class Row:
             raise ValueError(f"level {self.level.name!r}: the saved {what} lacks {missing[:12]}")
         for name, tensor in zip(self.names, into, strict=True):
             tensor.copy_(saved[name])
+
+
+def reads_squares(level: Level) -> bool:
+    """Whether the level follows squared gradients."""
+    return isinstance(level.flow, Pull) and level.flow.source == SQUARES
 
 
 def _rule(level: Level) -> Rule | None:

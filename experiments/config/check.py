@@ -7,10 +7,10 @@ environment.
 import difflib
 
 from .errors import ConfigError, nearest
-from .levels import DescendConfig, LevelConfig, Levels, PullConfig
+from .levels import DescendConfig, LevelConfig, Levels, PullConfig, WeightedConfig
 from .models import SCALES, WITH_USERS, Config
 
-RESERVED = ("slow_critic", "params", "init", "zero", "user")  # names that the assembly uses itself
+RESERVED = ("slow_critic", "params", "init", "zero", "squares", "user")  # taken by the assembly
 
 
 def check(config: Config) -> None:
@@ -178,6 +178,11 @@ def _level(name: str, level: LevelConfig, levels: dict[str, LevelConfig]) -> Non
             f"{field}.flow.kind", "descend", "a copy has no gradients to descend",
             "use kind: pull, with a source",
         )  # fmt: skip
+    if level.copy_of is None and level.start == "zero":
+        raise ConfigError(
+            f"{field}.start", "zero", "parameters begin as they were initialised",
+            "write copy: instead of match:, or leave start out",
+        )  # fmt: skip
     _sources(field, name, level, levels)
 
 
@@ -211,12 +216,14 @@ def _sources(field: str, name: str, level: LevelConfig, levels: dict[str, LevelC
     wanted = [(f"relax.{i}.to", x.to, ["init", "zero"]) for i, x in enumerate(level.relax)]
     wanted += [(f"reset.{i}.to", x.to, ["init"]) for i, x in enumerate(level.reset)]
     if isinstance(level.flow, PullConfig):
-        wanted.append(("flow.source", level.flow.source, ["user"]))
+        wanted.append(("flow.source", level.flow.source, ["user", "squares"]))
         if level.flow.outer is not None and level.flow.rate != 1:
             raise ConfigError(
                 f"{field}.flow.rate", level.flow.rate, "has no effect beside flow.outer",
                 f"leave it at 1 and set {field}.flow.outer.lr",
             )  # fmt: skip
+    rates = [(f"relax.{i}.rate.by", x.rate) for i, x in enumerate(level.relax)]
+    wanted += [(w, rate.by, []) for w, rate in rates if isinstance(rate, WeightedConfig)]
     for where, given, words in wanted:
         choices = [*known, *words]
         if given not in choices:

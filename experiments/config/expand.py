@@ -15,6 +15,7 @@ from .tree import Tree, merge, unknown_level
 # Parts of the agent from fastest to slowest: what acts, what it is told, what it sees.
 _PARTS = (r"actor|critic", r"world\.(reward|continues)", r"world\.decoder", r"world\.dynamics",
           r"world\.encoder")  # fmt: skip
+_ANCHORED = r"^(world|actor)\."  # what EWC protects: values are of the present policy
 # How k levels share those five parts.
 _FOLDS = {2: (2, 3), 3: (2, 2, 1), 4: (2, 1, 1, 1), 5: (1, 1, 1, 1, 1)}
 
@@ -138,6 +139,20 @@ def _l2_init(kind: kinds.L2Init) -> Tree:
     return {"all": {"match": REST, "flow": _descend(_rule(kind)), "relax": relax}}
 
 
+def _ewc(kind: kinds.Ewc) -> Tree:
+    """As `timescales.presets.online_ewc`."""
+    rule, every, shadow = _rule(kind), {"n": kind.n}, {"copy": _ANCHORED}
+    rate = {"by": "fisher", "times": rule["lr"] * kind.weight / (1 - kind.decay)}
+    relax = [{"to": "anchor", "rate": rate}]
+    pull = _pull("squares", 1 - kind.decay)
+    return {
+        "anchored": {"match": _ANCHORED, "flow": _descend(rule), "relax": relax},
+        "critic": {"match": REST, "flow": _descend(rule)},
+        "fisher": {**shadow, "every": every, "flow": pull, "start": "zero"},
+        "anchor": {**shadow, "every": every, "flow": _pull("params")},
+    }
+
+
 def _levels(kind: Levels) -> Tree:
     """The levels as given, with the shared rule put into those that descend without one."""
     found = {k: level.model_dump(mode="json", by_alias=True) for k, level in kind.levels.items()}
@@ -166,6 +181,7 @@ _EXPAND: dict[str, Callable[[Any], Tree]] = {
     "hare_tortoise": _hare_tortoise,
     "benna_fusi": _benna_fusi,
     "l2_init": _l2_init,
+    "ewc": _ewc,
 }
 
 

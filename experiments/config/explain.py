@@ -49,7 +49,7 @@ def _locate(loc: list[str], model: type[BaseModel]) -> tuple[Path, dict, dict]:
         node = _resolve(node, definitions)
         choice = _chosen(node, part, definitions)
         if choice is not None:
-            node = choice
+            node = _described(node) | choice
             continue
         path.append(part)
         parent = node
@@ -65,8 +65,12 @@ def _resolve(node: dict, definitions: dict) -> dict:
         target = definitions[node["$ref"].rsplit("/", 1)[1]]
     if target is None:
         return node
-    kept = {key: node[key] for key in ("description", "default") if key in node}
-    return {**_resolve(target, definitions), **kept}
+    return _resolve(target, definitions) | _described(node)
+
+
+def _described(node: dict) -> dict:
+    """What a field says of itself, whatever its type."""
+    return {key: node[key] for key in ("description", "default") if key in node}
 
 
 def _chosen(node: dict, part: str, definitions: dict) -> dict | None:
@@ -76,7 +80,7 @@ def _chosen(node: dict, part: str, definitions: dict) -> dict | None:
         return definitions[mapping[part].rsplit("/", 1)[1]]
     for option in (*node.get("anyOf", ()), *node.get("oneOf", ())):
         name = option.get("$ref", "").rsplit("/", 1)[-1]
-        if part in (name, {"string": "str"}.get(option.get("type", ""), "")):
+        if part in (name, {"string": "str", "number": "float"}.get(option.get("type", ""), "")):
             return definitions.get(name, option)
     return None
 

@@ -122,7 +122,8 @@ class PullConfig(Frozen):
     kind: Literal["pull"] = "pull"
     source: str = Field(
         default="params",
-        description="params (the live parameters), a level's name, or user: what users learned",
+        description="params (the live parameters), a level's name, user: what users learned, or "
+        "squares: the mean square of the gradients since the level last moved, over its own mean",
     )
     rate: Rate = Field(default=1.0, description="share of the way toward the source")
     outer: Rule | None = Field(
@@ -133,9 +134,29 @@ class PullConfig(Frozen):
 Flow = Annotated[DescendConfig | PullConfig, Field(discriminator="kind"), default_kind("descend")]
 
 
+class WeightedConfig(Frozen):
+    """For each weight a rate of its own: z / (1 + z), z = times * what `by` holds for it."""
+
+    by: str = Field(description="the level whose weights say how important each weight is")
+    times: float = Field(ge=0, description="strength of the pull at an importance of 1")
+
+
+def _rate_tag(value: Any) -> str:
+    return "WeightedConfig" if isinstance(value, dict | WeightedConfig) else "float"
+
+
+AnyRate = Annotated[
+    Annotated[Rate, Tag("float")] | Annotated[WeightedConfig, Tag("WeightedConfig")],
+    Discriminator(_rate_tag),
+]
+
+
 class RelaxConfig(Frozen):
     to: str = Field(default="init", description="a level's name, init or zero")
-    rate: Rate = Field(description="share of the way, each time the level moves")
+    rate: AnyRate = Field(
+        description="share of the way, each time the level moves, or {by, times}: a rate for each "
+        "weight, by importance"
+    )
     noise: float = Field(default=0.0, ge=0, description="standard deviation of the noise added")
 
 
@@ -178,6 +199,9 @@ class LevelConfig(Frozen):
     )
     relax: tuple[RelaxConfig, ...] = Field(default=(), description="pulls toward slower values")
     reset: tuple[ResetConfig, ...] = Field(default=(), description="copies from another level")
+    start: Literal["params", "zero"] = Field(
+        default="params", description="what a copy begins as: the parameters, or zero"
+    )
 
 
 # ---- kinds of `timescales:` --------------------------------------------------------------------
@@ -275,6 +299,26 @@ class L2Init(Kind):
     rate: Rate = Field(default=1e-4, description="share of the way toward the initial weights")
 
 
+class Ewc(Kind):
+    """Online EWC: world model and actor stay near where they were, by importance (1805.06370).
+
+    Nobody tells where a task ends, so every n updates count as one. Importance is what the
+    gradients of whole batches squared say, not those of single examples; the critic is free.
+    """
+
+    kind: Literal["ewc"] = "ewc"
+    weight: float = Field(
+        default=1.0,
+        ge=0,
+        description="strength of the pull of a weight of mean importance, in units of rule.lr, "
+        "after one window; grows to 1/(1 - decay) of it",
+    )
+    decay: Decay = Field(
+        default=0.95, description="share of the Fisher information that is left a window later"
+    )
+    n: int = Field(default=500, ge=1, description="updates between anchors")
+
+
 class Levels(Frozen):
     """The levels themselves, by name, from fastest to slowest."""
 
@@ -293,6 +337,7 @@ TimescalesConfig = Annotated[
     | ClsEr
     | HareTortoise
     | BennaFusi
-    | L2Init,
+    | L2Init
+    | Ewc,
     Field(discriminator="kind"),
 ]

@@ -93,6 +93,35 @@ def test_plain_is_a_torch_loop_bit_for_bit(memory):
         assert torch.equal(value, slow[name]), name
 
 
+def test_ewc_of_no_weight_is_plain_bit_for_bit_and_holds_with_one():
+    """And what it holds is the world model and the actor, near where a window ended."""
+    agents = {}
+    for name, kind in (
+        ("plain", "plain"),
+        ("free", "{kind: ewc, weight: 0, n: 6}"),
+        ("held", "{kind: ewc, weight: 1e9, n: 6}"),
+    ):
+        given = f"timescales={kind}" if kind.startswith("{") else f"timescales.kind={kind}"
+        config = configure("plain", given, "timescales.rule={kind: laprop, lr: 1e-3, warmup: 0}")
+        agent = agents[name] = agent_of(config)
+        timescales = build_timescales(config, agent)
+        generator = torch.Generator().manual_seed(1)
+        for _, batch in zip(range(11), batches(), strict=False):
+            backward(agent, batch, slow_critic(timescales), generator)
+            timescales.tick("update")
+        if name == "held":
+            anchor, fisher = (timescales.weights(n) for n in ("anchor", "fisher"))
+    plain, held = (agents[name].state_dict() for name in ("plain", "held"))
+    for name, value in agents["free"].state_dict().items():
+        assert torch.equal(value, plain[name]), name
+    heavy = {name: importance > 0.01 for name, importance in fisher.items()}  # a rate of 1, nearly
+    drifts = [
+        sum(float((w[n] - a)[heavy[n]].norm()) for n, a in anchor.items()) for w in (held, plain)
+    ]
+    assert drifts[0] < 0.6 * drifts[1], drifts
+    assert not any(name.startswith("critic") for name in anchor)
+
+
 def test_the_agent_depends_on_the_seed_alone():
     one, two, other = (agent_of(configure("plain", f"seed={seed}")) for seed in (0, 0, 1))
     name = "actor.net.layers.0.linear.weight"
@@ -117,7 +146,7 @@ def test_every_configured_rule_moves_every_parameter(kind):
 
 @pytest.mark.parametrize(
     "kind",
-    ["cms", "lookahead", "diloco", "cls_er", "hare_tortoise", "benna_fusi", "l2_init"],
+    ["cms", "lookahead", "diloco", "cls_er", "hare_tortoise", "benna_fusi", "l2_init", "ewc"],
 )
 def test_every_kind_can_be_built(kind):
     config = configure("plain", f"timescales.kind={kind}")

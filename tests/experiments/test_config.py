@@ -22,7 +22,7 @@ from experiments.config.expand import expand
 from experiments.config.explain import explain
 
 KINDS = ("plain", "geometric", "cms", "lookahead", "diloco", "cls_er", "hare_tortoise",
-         "benna_fusi", "l2_init")  # fmt: skip
+         "benna_fusi", "l2_init", "ewc")  # fmt: skip
 RULES = ("adamw", "laprop", "sgd", "muon", "m3")
 
 
@@ -179,6 +179,18 @@ def test_published_methods_equal_their_presets(kind):
     assert [told(x) for x in ours] == [told(x) for x in theirs]
 
 
+def test_online_ewc_equals_its_preset_but_for_the_name_of_the_critic():
+    from experiments.build import make_level
+    from timescales import presets as methods
+    from timescales import rules
+
+    config = load("timescales={kind: ewc, weight: 30, decay: 0.5, n: 7, rule: {lr: 0.01}}")
+    ours = [make_level(name, level, []) for name, level in levels_of(config).items()]
+    theirs = methods.online_ewc(rules.adamw(0.01), 0.3, 7, 0.5, r"^(world|actor)\.")
+    assert [told(x)[1:] for x in ours] == [told(x)[1:] for x in theirs]
+    assert [x.start for x in ours] == [x.start for x in theirs]
+
+
 def told(level) -> tuple:
     words = (str(level.flow), [str(x) for x in level.relax], [str(x) for x in level.reset])
     return (level.name, level.match, level.copy, level.every, *words)
@@ -288,6 +300,14 @@ MISTAKES = [
     ("timescales.levels.fast.relax=[{to: slwo, rate: 0.1}]", "slow"),
     ("timescales.levels.fast.relax=[{to: zero, rate: 3}]", "share of the way"),
     ("timescales.levels.fast.relax.0.rate=0.1", "set the whole list"),
+    ("timescales.levels.fast.relax=[{to: zero, rate: {by: slwo, times: 1}}]", "slow"),
+    ("timescales.levels.fast.relax=[{to: zero, rate: {by: slow, times: -1}}]", "strength"),
+    ("timescales.levels.fast.relax=[{to: zero, rate: {by: slow}}]", "strength of the pull"),
+    ("timescales.levels.fast.start=zero", "write copy:"),
+    ("timescales={kind: ewc, weight: -1}", "strength of the pull"),
+    ("timescales={kind: ewc, decay: 1.0}", "share of the Fisher information"),
+    ("timescales={kind: ewc, n: 0}", "updates between anchors"),
+    ("timescales={kind: ewc, wieght: 1}", "timescales.weight"),
     ("timescales.levels.ema={copy: .}", "pull"),
     ("timescales.levels.ema={every: {n: 2}}", "match=REST"),
     ("timescales.levels.slow_critic={match: .}", "slow_critic"),
