@@ -54,7 +54,8 @@ class Loop:
         self.generator = generator(self.device, seed["learn"])
         self.random = np.random.default_rng(seed["prefill"])
         replay = config.replay
-        self.replay = Replay(replay.kind, replay.capacity, replay.length, seed["replay"])
+        rollout = replay.rollout if replay.kind == "matching" else replay.length
+        self.replay = Replay(replay.kind, replay.capacity, replay.length, seed["replay"], rollout)
         self.ratio = Ratio(config.train.ratio, replay.batch * replay.length)
         self.frame, self.before, self.updates, self.phase = 0, 0, 0, -1
         self.lived = dict(LIVED)

@@ -76,20 +76,26 @@ def _replay(config: Config) -> None:
             f"a batch of {replay.batch} x {replay.length} frames does not fit",
             f"use at least {needed}",
         )  # fmt: skip
-    if config.train.prefill < num * replay.length:
+    unit = replay.rollout if replay.kind == "matching" else replay.length
+    what, field = ("rollout", "rollout") if unit != replay.length else ("sequence", "length")
+    if unit % replay.length:
+        raise ConfigError(
+            "replay.rollout", unit, f"is no multiple of replay.length={replay.length}",
+            f"use {max(1, round(unit / replay.length)) * replay.length}",
+        )  # fmt: skip
+    if config.train.prefill < num * unit:
         raise ConfigError(
             "train.prefill", config.train.prefill,
-            f"gives each of {num} slots {config.train.prefill // num} frames, "
-            f"a sequence has {replay.length}",
-            f"use at least {num * replay.length}, or a smaller replay.length",
+            f"gives each of {num} slots {config.train.prefill // num} frames, a {what} has {unit}",
+            f"use at least {num * unit}, or a smaller replay.{field}",
         )  # fmt: skip
-    parts = 2 if replay.kind == "mixed" else 1
-    if parts * num * replay.length > replay.capacity:
+    parts = 2 if replay.kind in ("mixed", "matching") else 1
+    if parts * num * unit > replay.capacity:
         where = " in each of its halves" if parts > 1 else ""
         raise ConfigError(
             "replay.capacity", replay.capacity,
-            f"holds no sequence of {replay.length} for each of {num} slots{where}",
-            f"use at least {parts * num * replay.length}",
+            f"holds no {what} of {unit} for each of {num} slots{where}",
+            f"use at least {parts * num * unit}",
         )  # fmt: skip
 
 

@@ -255,13 +255,28 @@ class Reservoir(_Replay):
 
 
 class Mixed(_Replay):
-    """Half the newest frames, half a uniform sample of everything seen; so is every batch."""
+    """Half the newest frames, half a uniform sample of everything seen; so is every batch.
+
+    The two buffers of WMAR (2401.16650), but kept sequence by sequence, and a batch has both.
+    """
 
     kind: Literal["mixed"] = "mixed"
 
 
+class Matching(_Replay):
+    """WMAR's and ARROW's two buffers: the newest, and all alike (2401.16650, 2603.11395).
+
+    Rollouts spliced across episodes are kept or dropped whole; a batch is of one buffer.
+    """
+
+    kind: Literal["matching"] = "matching"
+    rollout: Count = Field(
+        default=512, description="frames that are kept or dropped together, multiples of length"
+    )
+
+
 ReplayConfig = Annotated[
-    Fifo | Reservoir | Mixed, Field(discriminator="kind"), default_kind("fifo")
+    Fifo | Reservoir | Mixed | Matching, Field(discriminator="kind"), default_kind("fifo")
 ]
 
 

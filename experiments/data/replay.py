@@ -14,12 +14,14 @@ import numpy as np
 from experiments.envs.rows import Row
 
 Arrays = dict[str, np.ndarray]
-Kind = Literal["fifo", "reservoir", "mixed"]
-SHARES: dict[str, tuple[str, ...]] = {"mixed": ("fifo", "reservoir")}  # parts of equal size
+Kind = Literal["fifo", "reservoir", "mixed", "matching"]
+BOTH = ("fifo", "reservoir")
+SHARES: dict[str, tuple[str, ...]] = {"mixed": BOTH, "matching": BOTH}  # parts of equal size
+WHOLE = ("matching",)  # kinds whose batches come from one part each
 
 
 class Part(NamedTuple):
-    """A stretch of the stored chunks that is filled by one rule and sampled evenly."""
+    """A stretch of the stored rollouts that is filled by one rule and sampled evenly."""
 
     rule: str  # fifo or reservoir
     start: int
@@ -31,7 +33,14 @@ class Replay:
 
     `reservoir` keeps a uniform sample of all chunks ever seen (algorithm R, Vitter 1985). `mixed`
     halves the capacity and every batch between the newest chunks and a reservoir; a chunk may be in
-    both (WMAR, arXiv 2401.16650).
+    both. `matching` is the pair of buffers of WMAR (arXiv 2401.16650) and ARROW (2603.11395), which
+    differs from `mixed` in two ways, as their released code has it: what is kept or dropped is a
+    `rollout` of several chunks, in the papers 512 rows spliced across episodes, and a whole batch
+    comes from one of the two buffers, by a fair coin.
+
+    Their long-term buffer keeps the rollouts with the largest of random keys (Isele & Cosgun 2018,
+    arXiv 1802.10269): what it holds follows the very law of algorithm R. They begin sequences
+    anywhere in a rollout with an empty state; here they begin where a carry was stored.
     """
 
     def __init__(
@@ -40,24 +49,29 @@ class Replay:
         capacity: int,
         length: int,
         seed: int = 0,
+        rollout: int = 0,
     ):
+        """rollout: rows that are kept or dropped together; 0 is `length`, the rest multiples."""
         if kind not in get_args(Kind):
             raise ValueError(
                 f"replay kind {kind!r} is unknown; choose {' or '.join(get_args(Kind))}"
             )
-        rules = SHARES.get(kind, (kind,))
-        if length < 1 or capacity < length * len(rules):
+        rules, rollout = SHARES.get(kind, (kind,)), rollout or length
+        if length < 1 or rollout % length:
+            raise ValueError(f"replay: a rollout of {rollout} rows is no number of {length}")
+        if capacity < rollout * len(rules):
             each = f" for each of its {len(rules)} parts" if len(rules) > 1 else ""
             raise ValueError(
-                f"replay of {capacity} frames can not hold a chunk of {length} rows{each}"
+                f"replay of {capacity} frames can not hold a chunk of {rollout} rows{each}"
             )
         self.kind, self.length = kind, length
-        self.chunks = capacity // length
-        self.parts = parts(rules, self.chunks)
-        self.seen = 0  # chunks completed so far, kept or not
+        self.each = rollout // length  # chunks of a rollout, side by side in the store
+        self.chunks = capacity // rollout * self.each
+        self.parts = parts(rules, capacity // rollout)
+        self.seen = 0  # rollouts completed so far, kept or not
         self._rng = np.random.default_rng(seed)
-        self._cursor = 0  # row of the next add inside the chunks that are being filled
-        self._partial: Arrays = {}  # (N, length, ...); carries (N, ...)
+        self._cursor = 0  # row of the next add inside the rollouts that are being filled
+        self._partial: Arrays = {}  # (N * each, length, ...); carries (N * each, ...)
         self._store: Arrays = {}  # (chunks, length, ...); carries (chunks, ...)
         self._changed: set[int] = set()  # places written since the last journal
         self._logged = 0  # chunks in the log since it was last compacted
@@ -73,32 +87,35 @@ class Replay:
 
     def ready(self, batch: int) -> bool:
         """Whether `batch` chunks have been seen, or as many as fit."""
-        return self.seen >= min(batch, self.chunks)
+        return self.seen * self.each >= min(batch, self.chunks)
 
     def add(self, row: Row, carry: Callable[[], Arrays] | Arrays) -> None:
         """Adds one row of N slots; `carry` (N, ...) is what the agent had before the row.
 
         The carry is read, or called, only where a chunk starts.
         """
-        if self._cursor == 0:
-            self._open(row, carry() if callable(carry) else carry)
+        chunk, place = divmod(self._cursor, self.length)
+        if place == 0:
+            self._open(row, carry() if callable(carry) else carry, chunk)
         for name, value in _columns(row).items():
-            self._partial[name][:, self._cursor] = value
+            self._partial[name][chunk :: self.each, place] = value
         self._cursor += 1
-        if self._cursor == self.length:
+        if self._cursor == self.length * self.each:
             self._flush()
 
-    def sample(self, batch: int) -> tuple[Arrays, Arrays]:
+    def sample(self, batch: int, rng: np.random.Generator | None = None) -> tuple[Arrays, Arrays]:
         """`batch` chunks, with replacement: columns (B, T, ...) and carries (B, ...).
 
-        The chunks of one part follow those of another. The arrays are reused two calls later.
+        The chunks of one part follow those of another. The arrays are reused two calls later. With
+        an `rng` that is not the replay's own, what is sampled later stays as it would have been.
         """
         if not len(self):
             raise RuntimeError("replay is empty: add at least one whole chunk before sampling")
+        rng = rng if rng is not None else self._rng
         places = np.concatenate(
             [
-                part.start + self._rng.integers(self._known(part), size=size)
-                for part, size in zip(self.parts, split(batch, len(self.parts)), strict=True)
+                part.start * self.each + rng.integers(self._known(part), size=size)
+                for part, size in self._shares(batch, rng)
             ]
         )
         self._buffers.reverse()
@@ -153,44 +170,53 @@ class Replay:
 
     def places(self) -> np.ndarray:
         """Where in the store there are chunks, (len(self),) int64."""
-        found = [part.start + np.arange(self._known(part)) for part in self.parts]
+        found = [part.start * self.each + np.arange(self._known(part)) for part in self.parts]
         return np.concatenate(found)
 
+    def _shares(self, batch: int, rng: np.random.Generator) -> list[tuple[Part, int]]:
+        """How many chunks of a batch come from which part."""
+        if self.kind in WHOLE:
+            return [(self.parts[rng.integers(len(self.parts))], batch)]
+        return list(zip(self.parts, split(batch, len(self.parts)), strict=True))
+
     def _known(self, part: Part) -> int:
-        return min(self.seen, part.size)
+        """Chunks in a part."""
+        return min(self.seen, part.size) * self.each
 
     def _shape(self) -> dict[str, Any]:
-        return {"kind": self.kind, "chunks": self.chunks, "length": self.length}
+        shape = {"kind": self.kind, "chunks": self.chunks, "length": self.length}
+        return shape | ({"each": self.each} if self.each > 1 else {})
 
-    def _open(self, row: Row, carry: Arrays) -> None:
-        columns = _columns(row)
+    def _open(self, row: Row, carry: Arrays, chunk: int) -> None:
+        """Begin a chunk of every slot's rollout."""
         if not self._partial:
-            slots = len(row.reward)
-            for name, value in columns.items():
-                shape = (slots, self.length, *value.shape[1:])
+            rows = len(row.reward) * self.each
+            for name, value in _columns(row).items():
+                shape = (rows, self.length, *value.shape[1:])
                 self._partial[name] = np.zeros(shape, value.dtype)
             for name, value in carry.items():
-                self._partial[f"carry.{name}"] = np.zeros_like(value)
+                self._partial[f"carry.{name}"] = np.zeros((rows, *value.shape[1:]), value.dtype)
         for name, value in carry.items():
-            self._partial[f"carry.{name}"][...] = value
+            self._partial[f"carry.{name}"][chunk :: self.each] = value
 
     def _flush(self) -> None:
         self._allocate(self._partial)
-        placed = [(slot, p) for slot in range(len(self._partial["reward"])) for p in self._next()]
-        for slot, place in placed:
+        slots = len(self._partial["reward"]) // self.each
+        for slot, place in [(slot, place) for slot in range(slots) for place in self._next()]:
+            ours, theirs = (slice(i * self.each, (i + 1) * self.each) for i in (place, slot))
             for name, value in self._partial.items():
-                self._store[name][place] = value[slot]
-            self._changed.add(place)
+                self._store[name][ours] = value[theirs]
+            self._changed.update(range(ours.start, ours.stop))
         self._cursor = 0
 
     def _next(self) -> list[int]:
-        """Where the next chunk goes: a place for each part that takes it."""
+        """Where the next rollout goes: a place for each part that takes it."""
         self.seen += 1
         drawn = [self._place(part) for part in self.parts]
         return [place for place in drawn if place is not None]
 
     def _place(self, part: Part) -> int | None:
-        """Where in a part the newest chunk goes; None if the reservoir lets it pass."""
+        """Where in a part the newest rollout goes; None if the reservoir lets it pass."""
         if self.seen <= part.size or part.rule == "fifo":
             return part.start + (self.seen - 1) % part.size
         place = int(self._rng.integers(self.seen))
@@ -209,9 +235,9 @@ def split(total: int, count: int) -> list[int]:
     return [(total + count - 1 - i) // count for i in range(count)]
 
 
-def parts(rules: Sequence[str], chunks: int) -> tuple[Part, ...]:
+def parts(rules: Sequence[str], rollouts: int) -> tuple[Part, ...]:
     """One part for each rule, side by side, of equal sizes."""
-    sizes = split(chunks, len(rules))
+    sizes = split(rollouts, len(rules))
     return tuple(Part(rule, sum(sizes[:i]), sizes[i]) for i, rule in enumerate(rules))
 
 

@@ -339,6 +339,10 @@ MISTAKES = [
     ("train.prefill=100", "at least 128"),
     ("replay.capacity=200", "at least 256"),
     ("replay.length=200", "1600"),
+    ("replay={kind: matching}", "use at least 4096, or a smaller replay.rollout"),
+    ("replay={kind: matching, rollout: 100}", "use 128"),
+    ("replay={kind: matching, rollout: 64, capacity: 1023}", "use at least 1024"),
+    ("replay={kind: mixed, rollout: 64}", "capacity, batch, length"),
 ]
 
 

@@ -13,7 +13,12 @@ from experiments.envs.rows import Row
 from tests.fakes import telltale_slot, told_seed
 
 SLOTS, LENGTH = 3, 4
-KINDS = ("fifo", "reservoir", "mixed")
+KINDS = ("fifo", "reservoir", "mixed", "matching")
+
+
+def build(kind: Any, capacity: int, seed: int = 0) -> Replay:
+    """A replay of chunks of 4 rows; `matching` keeps rollouts of two."""
+    return Replay(kind, capacity, LENGTH, seed, rollout=2 * LENGTH if kind == "matching" else 0)
 
 
 @cache
@@ -60,7 +65,7 @@ def through_json(state: Any) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_chunk_is_one_slot_in_order_with_the_carry_before_it(kind: Any):
-    replay = fill(Replay(kind, 40, LENGTH), 0, 90)
+    replay = fill(build(kind, 40), 0, 90)
     rows, carries = replay.sample(200)
     told = rows["reward"]
     np.testing.assert_array_equal(np.diff(told, axis=1), np.full((200, LENGTH - 1), 10))
@@ -142,6 +147,66 @@ def test_a_mixed_replay_fills_both_halves_from_the_first_chunk_on():
     assert len(fill(replay, LENGTH, 40)) == replay.chunks == 12
 
 
+def rollouts(replay: Replay) -> np.ndarray:
+    """Which rollouts of two chunks are kept, in order of their numbers, by place; both chunks."""
+    chunk = contents(replay).astype(int)
+    time, slot = chunk // 10, chunk % 10
+    first, second = time[::2], time[1::2]
+    np.testing.assert_array_equal(second, first + LENGTH)
+    np.testing.assert_array_equal(slot[1::2], slot[::2])
+    return first // (2 * LENGTH) * SLOTS + slot[::2]
+
+
+def test_matching_keeps_or_drops_whole_rollouts_of_the_newest_and_of_everything():
+    kept = np.zeros(30)
+    for seed in range(100):
+        replay = fill(build("matching", 96, seed), 0, 80)  # 6 and 6 of 30 rollouts
+        index = rollouts(replay)
+        assert sorted(index[:6]) == [24, 25, 26, 27, 28, 29]
+        assert len(set(index[6:])) == 6
+        kept[index[6:]] += 1
+    expected = 100 * 6 / 30
+    assert np.abs(kept - expected).max() < 4.5 * np.sqrt(expected * (4 / 5))
+    assert abs(kept[:10].mean() - expected) < 5, "old or new makes no difference"
+
+
+def test_the_largest_random_keys_are_a_reservoir_in_law():
+    """How long a rollout stays: the same for Isele & Cosgun's buffer as for ours."""
+    rng, runs, size, seen = np.random.default_rng(0), 400, 4, 12
+    stays = np.zeros((2, seen))
+    for seed in range(runs):
+        keys = rng.random(seen)
+        replay = Replay("reservoir", size * LENGTH, LENGTH, seed)
+        replay._partial = {"reward": np.zeros((1, LENGTH))}
+        for now in range(seen):
+            replay._partial["reward"][:] = now
+            replay._flush()
+            stays[0, contents(replay).astype(int)] += 1
+            stays[1, np.argsort(keys[: now + 1])[-size:]] += 1
+    np.testing.assert_allclose(stays[0] / runs, stays[1] / runs, atol=0.45)
+    assert stays[0, 0] / runs == pytest.approx(size + size * (1 / np.arange(5, 13)).sum(), abs=0.4)
+
+
+def test_a_matching_batch_comes_from_one_buffer_by_a_fair_coin():
+    replay = fill(build("matching", 96), 0, 160)
+    new, old = (contents(replay)[part] for part in (slice(0, 12), slice(12, 24)))
+    assert not np.isin(new, old).all()
+    counts = {"new": 0, "old": 0}
+    for _ in range(200):
+        told = replay.sample(16)[0]["reward"][:, 0]
+        names = [n for n, part in (("new", new), ("old", old)) if np.isin(told, part).all()]
+        assert names, "a batch from both"
+        counts[names[0]] += 1
+    assert abs(counts["new"] - 100) < 4.5 * np.sqrt(50)
+
+
+def test_a_look_with_another_generator_changes_no_later_sample():
+    one, other = (fill(Replay("mixed", 48, LENGTH, seed=3), 0, 40) for _ in range(2))
+    looked = other.sample(9, np.random.default_rng(7))[0]["reward"].copy()
+    np.testing.assert_array_equal(looked, other.sample(9, np.random.default_rng(7))[0]["reward"])
+    np.testing.assert_array_equal(one.sample(9)[0]["reward"], other.sample(9)[0]["reward"])
+
+
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_draws_are_uniform_over_chunks(kind: Any):
     replay = fill(Replay(kind, 40, LENGTH), 0, 60)
@@ -170,14 +235,14 @@ def test_batches_alternate_between_two_sets_of_buffers_and_never_alias_the_store
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stop", [2, 4, 19, 30, 41, 66])
 def test_restart_is_exact_in_the_middle_of_a_chunk(kind: Any, stop: int):
-    replay, log = Replay(kind, 50, LENGTH, seed=5), []
+    replay, log = build(kind, 50, seed=5), []
     for time in range(stop):
         fill(replay, time, time + 1)
         if time % 9 == 8 or time == stop - 1:
             arrays, compact = replay.journal()
             log = ([] if compact else log) + ([] if arrays is None else [arrays])
     state = through_json(replay.state_dict())
-    again = Replay(kind, 50, LENGTH, seed=99)
+    again = build(kind, 50, seed=99)
     again.restore(log)
     again.load_state_dict(state)
     for time in range(stop, stop + 30):
@@ -195,15 +260,15 @@ def test_restart_is_exact_in_the_middle_of_a_chunk(kind: Any, stop: int):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_log_is_compacted_beyond_twice_the_capacity(kind: Any):
-    replay, log, compactions = Replay(kind, 50, LENGTH), [], 0
+    replay, log, compactions = build(kind, 50), [], 0
     assert replay.journal() == (None, False)
-    for time in range(0, 600, LENGTH):
-        fill(replay, time, time + LENGTH)
+    for time in range(0, 600, 2 * LENGTH):
+        fill(replay, time, time + 2 * LENGTH)
         arrays, compact = replay.journal()
         log = ([] if compact else log) + ([] if arrays is None else [arrays])
         compactions += compact
         assert sum(len(part["place"]) for part in log) <= 2 * 12
-        again = Replay(kind, 50, LENGTH)
+        again = build(kind, 50)
         again.restore(log)
         again.seen = replay.seen
         np.testing.assert_array_equal(contents(again), contents(replay))
@@ -235,6 +300,10 @@ def test_mistakes_name_the_thing():
         Replay("fifo", 3, 4)
     with pytest.raises(ValueError, match="chunk of 4 rows for each of its 2 parts"):
         Replay("mixed", 7, 4)
+    with pytest.raises(ValueError, match="rollout of 6 rows is no number of 4"):
+        Replay("matching", 100, 4, rollout=6)
+    with pytest.raises(ValueError, match="'each': 2"):
+        build("matching", 96).load_state_dict(Replay("matching", 96, LENGTH).state_dict())
     with pytest.raises(RuntimeError, match="replay is empty"):
         Replay("fifo", 10, 2).sample(1)
     state = Replay("fifo", 10, 2).state_dict()
