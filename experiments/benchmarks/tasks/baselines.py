@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.benchmarks.tasks import plasticity
+from experiments import plasticity
 from experiments.benchmarks.tasks.schedules import (
     accumulated,
     clocked,

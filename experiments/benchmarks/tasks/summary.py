@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments import plasticity
 from experiments.benchmarks import metrics, statistics
 from experiments.benchmarks.cells import Cell, Result
-from experiments.benchmarks.tasks import plasticity
 
 REFERENCE = "fresh"  # the method that is the reference of transfer and of fresh_gap
 # What a method must beat besides plain and the newest replay; the two controls come first.

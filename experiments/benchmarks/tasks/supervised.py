@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.benchmarks.tasks import plasticity
+from experiments import plasticity
 from experiments.benchmarks.tasks.streams import Rows, Stream
 from experiments.benchmarks.timing.flops import moved_bytes
 from timescales import Level, Timescales

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.benchmarks.tasks import plasticity
+from experiments import plasticity
 
 
 def test_dormant_units_are_measured_by_their_layer():
