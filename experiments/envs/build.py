@@ -16,9 +16,10 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.wrappers import AddRenderObservation
 
 from experiments.config.models import EnvConfig
-from experiments.envs import cartpole, crafter, minigrid, recipes, userpop
+from experiments.envs import cartpole, coinrun, crafter, minigrid, minihack, recipes, userpop
 from experiments.envs.adapter import GymEnvs
 from experiments.envs.known import EXTRAS, OWN
+from experiments.envs.packages import load
 from experiments.envs.population import Population
 from experiments.envs.rows import Envs
 from experiments.envs.scale import Scaled
@@ -33,6 +34,7 @@ SPECS = {
     for spec in (
         EnvSpec("crafter", entry_point=f"{crafter.__name__}:CrafterEnv"),
         EnvSpec(recipes.ID, f"{recipes.__name__}:RecipesEnv", max_episode_steps=recipes.STEPS),
+        EnvSpec(coinrun.ID, f"{coinrun.__name__}:CoinRunEnv"),
         *(
             EnvSpec(
                 name,
@@ -43,6 +45,16 @@ SPECS = {
             for name, stream in STREAMS.items()
         ),
     )
+}
+
+# The highest return of an episode, where it is known.
+CAPS = {
+    "crafter": crafter.CAP,
+    recipes.ID: recipes.CAP,
+    coinrun.ID: coinrun.CAP,
+    "MiniGrid3-v0": 1.0,
+    "MiniHack4-v0": 1.0,
+    "CoinRun6-v0": coinrun.CAP,
 }
 
 for _spec in SPECS.values():
@@ -95,7 +107,7 @@ def find(name: str) -> EnvSpec:
         if name.startswith(prefix):
             try:
                 with quiet():
-                    importlib.import_module(package)
+                    load(package)
             except ModuleNotFoundError as missing:
                 raise ModuleNotFoundError(
                     f"environment {name!r} needs the package {missing.name!r}: "
@@ -128,6 +140,8 @@ class Opening:
         with quiet():
             if self.spec.id.startswith(("MiniGrid-", "BabyAI-")):
                 return minigrid.view(self._make(options), self.pixels)
+            if self.spec.id.startswith("MiniHack-"):
+                return minihack.view(self._make({**minihack.TILES, **options}))
             if self.pixels:
                 return _rendered(self._make({"render_mode": "rgb_array", **options}))
             return self._make(options)
@@ -147,7 +161,7 @@ def cap_of(name: str, time_limit: int = 0) -> float | None:
         return float(time_limit or gymnasium.spec(name).max_episode_steps or np.inf)
     if name.startswith(("MiniGrid-", "BabyAI-")):
         return 1.0
-    return {"crafter": crafter.CAP, recipes.ID: recipes.CAP}.get(name)
+    return CAPS.get(name)
 
 
 def _cartpole(config: EnvConfig, num: int, seed: int) -> Envs:

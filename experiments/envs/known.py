@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 
 from experiments.config import Config, ConfigError, nearest
+from experiments.envs.packages import load
 from experiments.envs.tasks import NAMES
 
 # Ids of our own, with the hidden contexts that each can be in, the first one first.
@@ -17,6 +18,7 @@ OWN: dict[str, tuple[str, ...]] = {
     "CartPoleShift-v0": ("normal", "flipped", "long", "heavy"),
     "UserPop-v0": ("train", "users", "clusters"),
     **NAMES,
+    "CoinRun-v0": (),
     "Recipes-v0": (),
     "crafter": (),
 }
@@ -41,6 +43,7 @@ EXTRAS = {
     "MiniHack": ("minihack", "'nested-timescales[minihack]'"),
     "ALE/": ("ale_py", "'nested-timescales[atari]'"),
     "Atari6-": ("ale_py", "'nested-timescales[atari]'"),
+    "CoinRun": ("procgen", "--no-deps procgen-mirror gym3 imageio"),
     "crafter": ("crafter", "'nested-timescales[crafter]'"),
 }
 # Families that gymnasium itself registers whether or not they can run.
@@ -97,7 +100,7 @@ def registry(extras: Iterable[str] = ()) -> dict[str, str]:
     with warnings.catch_warnings(action="ignore"):
         for package in extras:
             if find_spec(package) is not None:
-                importlib.import_module(package)
+                load(package)
     return {name: str(spec.entry_point) for name, spec in registered.items()}
 
 

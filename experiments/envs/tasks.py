@@ -22,11 +22,8 @@ class Stream(NamedTuple):
     steps: int | None = None
 
 
-# The agent's own cut of 5 x 5 tiles, as a neutral human male monk that only walks.
+# A neutral human male monk that only walks; waiting costs a little.
 _MINIHACK: dict[str, Any] = {
-    "observation_keys": ("pixel_crop",),
-    "obs_crop_h": 5,
-    "obs_crop_w": 5,
     "character": "mon-hum-neu-mal",
     "reward_win": 1,
     "reward_lose": 0,
@@ -43,6 +40,18 @@ def _minihack(name: str) -> Task:
 def _atari(name: str) -> Task:
     """As the v5 ids are: four frames a step, actions that stick; all 18 actions in every game."""
     return Task(f"ALE/{name}-v5", {"full_action_space": True})
+
+
+def _coinrun(*parts: str) -> Task:
+    """CoinRun with these parts changed, in ARROW's letters."""
+    changes = {
+        "NB": {"use_backgrounds": False},
+        "RT": {"restrict_themes": True},
+        "GA": {"use_generated_assets": True},
+        "MA": {"use_monochrome_assets": True},
+        "CA": {"center_agent": False},
+    }
+    return Task("CoinRun-v0", {key: v for part in parts for key, v in changes[part].items()})
 
 
 STREAMS = {
@@ -71,6 +80,16 @@ STREAMS = {
             "hero": _atari("Hero"),
             "stargunner": _atari("StarGunner"),
             "pacman": _atari("MsPacman"),
+        }
+    ),
+    "CoinRun6-v0": Stream(  # each changes one thing more
+        {
+            "coinrun": _coinrun(),
+            "nb": _coinrun("NB"),
+            "rt": _coinrun("NB", "RT"),
+            "ga": _coinrun("NB", "RT", "GA"),
+            "ma": _coinrun("NB", "RT", "GA", "MA"),
+            "ca": _coinrun("NB", "RT", "GA", "MA", "CA"),
         }
     ),
 }
