@@ -16,9 +16,19 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.wrappers import AddRenderObservation
 
 from experiments.config.models import EnvConfig
-from experiments.envs import cartpole, coinrun, crafter, minigrid, minihack, recipes, userpop
+from experiments.envs import (
+    cartpole,
+    coinrun,
+    crafter,
+    craftershift,
+    minigrid,
+    minihack,
+    recipes,
+    slipperyant,
+    userpop,
+)
 from experiments.envs.adapter import GymEnvs
-from experiments.envs.known import EXTRAS, OWN
+from experiments.envs.known import EXTRAS, hidden_contexts
 from experiments.envs.packages import load
 from experiments.envs.population import Population
 from experiments.envs.rows import Envs
@@ -33,6 +43,12 @@ SPECS = {
     spec.id: spec
     for spec in (
         EnvSpec("crafter", entry_point=f"{crafter.__name__}:CrafterEnv"),
+        EnvSpec(craftershift.ID, f"{craftershift.__name__}:CrafterShiftEnv"),
+        EnvSpec(
+            slipperyant.ID,
+            entry_point=f"{slipperyant.__name__}:SlipperyAntEnv",
+            max_episode_steps=slipperyant.STEPS,
+        ),
         EnvSpec(recipes.ID, f"{recipes.__name__}:RecipesEnv", max_episode_steps=recipes.STEPS),
         EnvSpec(coinrun.ID, f"{coinrun.__name__}:CoinRunEnv"),
         *(
@@ -50,6 +66,7 @@ SPECS = {
 # The highest return of an episode, where it is known.
 CAPS = {
     "crafter": crafter.CAP,
+    craftershift.ID: crafter.CAP,
     recipes.ID: recipes.CAP,
     coinrun.ID: coinrun.CAP,
     "MiniGrid3-v0": 1.0,
@@ -79,7 +96,8 @@ def _make_envs(config: EnvConfig, num: int, seed: int) -> Envs:
     if config.id == userpop.ID:
         return _userpop(config, num, seed)
     opening = Opening(find(config.id), config.pixels, dict(config.kwargs), config.time_limit)
-    view = config.image_size, config.action_repeat, OWN.get(config.id, ())
+    contexts = hidden_contexts(config.id, config.kwargs)
+    view = config.image_size, config.action_repeat, contexts
     make_slot = partial(_make_slot, opening, seed, view)
     return GymEnvs(make_slot, num, config.workers, cap_of(config.id, config.time_limit))
 

@@ -39,8 +39,15 @@ class CrafterEnv(gymnasium.Env):
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012  gymnasium's own convention
 
-    def __init__(self, length: int = 10000, render_mode: str = "rgb_array", **kwargs: Any):
-        self._crafter: Any = importlib.import_module("crafter").Env(length=length, **kwargs)
+    def __init__(
+        self,
+        length: int = 10000,
+        render_mode: str = "rgb_array",
+        package: str = "crafter",
+        **kwargs: Any,
+    ):
+        env = importlib.import_module(f"{package}.env")
+        self._crafter: Any = env.Env(length=length, **kwargs)
         self.render_mode = render_mode
         shape = self._crafter.observation_space.shape
         self.observation_space = spaces.Box(0, 255, shape, np.uint8)
@@ -64,6 +71,14 @@ class CrafterEnv(gymnasium.Env):
         obs, reward, done, info = self._crafter.step(int(action))
         dead = info["discount"] == 0.0
         return obs, float(reward), dead, bool(done) and not dead, info
+
+    def hasten(self, times: float) -> None:
+        """Lets the next step of someone awake count `times` for food, drink and energy."""
+        player = self._crafter._player
+        if times != 1 and not player.sleeping:
+            player._hunger += times - 1
+            player._thirst += times - 1
+            player._fatigue += times - 1
 
     def render(self) -> np.ndarray:
         """The image (H, W, 3) uint8 as observed."""

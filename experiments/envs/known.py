@@ -4,10 +4,10 @@ Needs gymnasium's registry (0.2 s) and never torch. Packages that come as extras
 without being imported, unless a name has to be found among theirs.
 """
 
-import importlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
+from typing import Any
 
 from experiments.config import Config, ConfigError, nearest
 from experiments.envs.packages import load
@@ -18,6 +18,8 @@ OWN: dict[str, tuple[str, ...]] = {
     "CartPoleShift-v0": ("normal", "flipped", "long", "heavy"),
     "UserPop-v0": ("train", "users", "clusters"),
     **NAMES,
+    "CrafterShift-v0": ("normal", "costs", "tools", "swapped", "inverted", "hungry"),
+    "SlipperyAnt-v0": ("normal", "ice", "wet", "rubber"),
     "CoinRun-v0": (),
     "Recipes-v0": (),
     "crafter": (),
@@ -30,9 +32,19 @@ TAKES: dict[str, dict[str, type]] = {
     "CartPoleShift-v0": {"oracle": bool},
     "UserPop-v0": {"oracle": bool, "epoch": int, "population": int, "differ": list},
     **{name: {"oracle": bool} for name in NAMES},
+    "CrafterShift-v0": {"oracle": bool, "length": int},
+    "SlipperyAnt-v0": {
+        **{"oracle": bool, "every": int, "schedule": int},
+        **{"include_cfrc_ext_in_observation": bool, "terminate_when_unhealthy": bool},
+    },
+    "Recipes-v0": {"size": int},
 }
-# Options of our own environments behind gymnasium's interface, and the range of each.
-RANGES: dict[str, dict[str, tuple[int, int]]] = {"Recipes-v0": {"size": (3, 6)}}
+# The range of each of them that has one.
+RANGES: dict[str, dict[str, tuple[int, int]]] = {
+    "Recipes-v0": {"size": (3, 6)},
+    "CrafterShift-v0": {"length": (1, 10**6)},
+    "SlipperyAnt-v0": {"every": (0, 10**9), "schedule": (0, 10**9)},
+}
 DIFFER = ("sign", "gravity", "length", "delay", "rotation", "wishes")  # traits of UserPop's users
 
 # What an id starts with: the package that is needed, and the words after `pip install`.
@@ -45,6 +57,8 @@ EXTRAS = {
     "Atari6-": ("ale_py", "'nested-timescales[atari]'"),
     "CoinRun": ("procgen", "--no-deps procgen-mirror gym3 imageio"),
     "crafter": ("crafter", "'nested-timescales[crafter]'"),
+    "CrafterShift-": ("crafter", "'nested-timescales[crafter]'"),
+    "SlipperyAnt-": ("mujoco", "'nested-timescales[mujoco]'"),
 }
 # Families that gymnasium itself registers whether or not they can run.
 _GYMNASIUM = {
@@ -63,8 +77,8 @@ def check_env(config: Config) -> None:
             _need(name, package, install)
     if name not in OWN and ":" not in name:
         _registered(name)
-    _contexts(name, "env.contexts", config.env.contexts)
-    _contexts(name, "evaluate.contexts", config.evaluate.contexts)
+    _contexts(config, "env.contexts", config.env.contexts)
+    _contexts(config, "evaluate.contexts", config.evaluate.contexts)
     if name in NATIVE:
         _native(config)
     if name in TAKES:
@@ -104,12 +118,19 @@ def registry(extras: Iterable[str] = ()) -> dict[str, str]:
     return {name: str(spec.entry_point) for name, spec in registered.items()}
 
 
-def _contexts(name: str, field: str, contexts: tuple[str, ...]) -> None:
-    known = OWN.get(name, ())
+def hidden_contexts(name: str, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of an id's contexts; none where what is hidden changes without a signal."""
+    return () if kwargs.get("every") else OWN.get(name, ())
+
+
+def _contexts(config: Config, field: str, contexts: tuple[str, ...]) -> None:
+    name, kwargs = config.env.id, config.env.kwargs
+    known = hidden_contexts(name, kwargs)
     if contexts and not known:
         having = ", ".join(own for own, names in OWN.items() if names)
+        when = f" with env.kwargs.every={kwargs['every']}" if OWN.get(name) else ""
         raise ConfigError(
-            field, list(contexts), f"{name} has no hidden contexts",
+            field, list(contexts), f"{name} has no hidden contexts{when}",
             f"use {field}=[], or one of {having}",
         )  # fmt: skip
     for i, context in enumerate(contexts):
@@ -152,9 +173,10 @@ def _takes(config: Config) -> None:
 
 def _within(config: Config, ranges: dict[str, tuple[int, int]]) -> None:
     """Whole numbers within their ranges."""
-    listed = ", ".join(f"{name}: {low} to {high}" for name, (low, high) in ranges.items())
-    for key, value in config.env.kwargs.items():
-        low, high = ranges.get(key, (1, 0))
-        if type(value) is not int or not low <= value <= high:
-            problem = f"{config.env.id} does not take it"
-            raise ConfigError(f"env.kwargs.{key}", value, problem, f"it takes {listed}")
+    for key, (low, high) in ranges.items():
+        value = config.env.kwargs.get(key, low)
+        if not low <= value <= high:
+            raise ConfigError(
+                f"env.kwargs.{key}", value, f"{config.env.id} does not take it",
+                f"it takes {key}: {low} to {high}",
+            )  # fmt: skip

@@ -1,9 +1,10 @@
 """One environment slot: a gymnasium environment in our row format that can be replayed.
 
 Each episode is reset with a seed derived from (seed, slot, episode) and its actions are recorded,
-so the slot's whole state is those three numbers, its hidden context and the actions so far. The
-flags of a row travel inside the observation: a slot restarts itself, and the vector environments
-around it, which can not be put back into the middle of an episode, never see an end.
+so the slot's whole state is those three numbers, its hidden context and the actions so far. Where
+more is needed than a seed, an environment's reset gives info["resume"], options for the next time.
+The flags of a row travel inside the observation: a slot restarts itself, and the vector
+environments around it, which can not be put back into the middle of an episode, never see an end.
 """
 
 from typing import Any
@@ -46,6 +47,7 @@ class Slot(gymnasium.Env):
         self.seed, self.slot, self.repeat = seed, slot, repeat
         self.episode = -1
         self.taken: list[np.ndarray] = []
+        self.resume: dict[str, Any] = {}
         self.last = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
@@ -67,22 +69,24 @@ class Slot(gymnasium.Env):
         return row, 0.0, False, False, {}
 
     def state(self) -> dict[str, Any]:
-        """Seed, episode, hidden context and the encoded actions (t, A) of the episode so far."""
+        """What brings the slot back: seed, episode, context, encoded actions (t, A) so far."""
         taken = np.array(self.taken, np.float32).reshape(-1, self.actions.spec.dim)
-        told = {"context": self.context} if self.contexts else {}
+        told: dict[str, Any] = {"context": self.context} if self.contexts else {}
+        told |= {"resume": self.resume} if self.resume else {}
         return {"seed": self.seed, "episode": self.episode, "actions": taken, **told}
 
     def close(self) -> None:
         """Closes the environment."""
         self.env.close()
 
-    def _start(self) -> dict[str, Any]:
+    def _start(self, **resume: Any) -> dict[str, Any]:
         self.episode += 1
         self.taken = []
         self.last = False
         seed = episode_seed(self.seed, self.slot, self.episode)
-        options = {"context": self.context} if self.contexts else None
-        obs, _ = self.env.reset(seed=seed, options=options)
+        options = {"context": self.context, **resume} if self.contexts else resume
+        obs, info = self.env.reset(seed=seed, options=options or None)
+        self.resume = info.get("resume", {})
         return self._row(obs, 0.0, True, False)
 
     def _advance(self, action: np.ndarray) -> dict[str, Any]:
@@ -100,7 +104,7 @@ class Slot(gymnasium.Env):
     def _restore(self, state: dict[str, Any]) -> dict[str, Any]:
         self.seed, self.episode = int(state["seed"]), int(state["episode"]) - 1
         self.context = state.get("context", self.context)
-        row = self._start()
+        row = self._start(**state.get("resume", {}))
         for action in state["actions"]:
             row = self._advance(action)
         return row
