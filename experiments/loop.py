@@ -22,6 +22,7 @@ from experiments.data.replay import Replay
 from experiments.driver import Driver, Step
 from experiments.envs import make_envs
 from experiments.evaluate import evaluations
+from experiments.plasticity import look
 from experiments.process import settle
 from experiments.record import CheckpointError, Checkpoints, Loaded, Run, RunError
 from experiments.record.run import ENDS, State
@@ -200,7 +201,11 @@ class Loop:
 
     def evaluate(self) -> dict[str, float]:
         """Report the returns in every context."""
-        metrics = evaluations([self.config], [self.agent], self.frame)[0]
+        return self.evaluated(evaluations([self.config], [self.agent], self.frame)[0])
+
+    def evaluated(self, returns: Mapping[str, float]) -> dict[str, float]:
+        """Report what an evaluation gave, with signs of lost plasticity where asked for."""
+        metrics = {**returns, **look(self.config, self.agent, self.replay, self.frame)}
         self.run.log(self.frame, metrics)
         return metrics
 

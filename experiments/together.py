@@ -106,9 +106,7 @@ def evaluate(group: Group, loops: Sequence[Loop]) -> list[dict[str, float]]:
     metrics = evaluations(
         configs, group.agents, lead.frame, lambda drivers: step_together(group, drivers)
     )
-    for loop, found in zip(loops, metrics, strict=True):
-        loop.run.log(loop.frame, found)
-    return metrics
+    return [loop.evaluated(found) for loop, found in zip(loops, metrics, strict=True)]
 
 
 def check(configs: Sequence[Config]) -> None:

@@ -296,6 +296,10 @@ class EvaluateConfig(Frozen):
     off: bool = Field(
         default=False, description="evaluate without the fast memory too, as CONTEXT_off"
     )
+    plasticity: bool = Field(
+        default=False,
+        description="report dormant units, effective rank and weight norm on a replayed batch",
+    )
 
 
 class UsersConfig(Frozen):

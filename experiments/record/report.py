@@ -90,12 +90,15 @@ def draw(facts: Facts) -> "Figure":
     figure = Figure(figsize=(15, 12.4))
     grid = figure.add_gridspec(3, 1, height_ratios=(1.3, 1, 1))
     grid.update(left=0.055, right=0.925, top=0.865, bottom=0.05, hspace=0.38)
-    losses = grid[1].subgridspec(1, 2, wspace=0.3)
+    symptoms = any("plasticity/dormant" in row.metrics for row in facts.rows)
+    losses = grid[1].subgridspec(1, 3 if symptoms else 2, wspace=0.42 if symptoms else 0.3)
     levels = grid[2].subgridspec(1, 3, wspace=0.52, width_ratios=(1.1, 1, 1))
     draw_title(figure, facts)
     draw_returns(figure.add_subplot(grid[0]), facts)
     draw_losses(figure.add_subplot(losses[0]), facts, "world model")
     draw_losses(figure.add_subplot(losses[1]), facts, "agent")
+    if symptoms:
+        draw_plasticity(figure.add_subplot(losses[2]), facts)
     draw_raster(figure.add_subplot(levels[0]), facts)
     draw_updates(figure.add_subplot(levels[1]), facts)
     draw_displacement(figure.add_subplot(levels[2]), facts)
@@ -183,6 +186,23 @@ def draw_losses(axes: "Axes", facts: Facts, whose: str) -> None:
     draw_smoothed(axes, lines)
     scale = "log scale, linear about 0" if signed else "log scale"
     finish_panel(axes, facts, f"Losses of the {whose}", f"loss ({scale})")
+
+
+def draw_plasticity(axes: "Axes", facts: Facts) -> None:
+    """Signs of lost plasticity: shares of dormant units; rank and norm as parts of their first."""
+    ranks, norms = (series(facts.rows, f"plasticity/{name}") for name in ("erank", "weight_norm"))
+    lines = [
+        Line(f"{part} dormant", *series(facts.rows, f"plasticity/{part}/dormant"), PALETTE[i])
+        for i, part in enumerate(("world", "actor", "critic"))
+    ]
+    for name, (x, y), colour in (("rank", ranks, PALETTE[3]), ("norm", norms, PALETTE[4])):
+        first = next((value for value in y if value > 0), 1.0)
+        lines.append(Line(f"{name} / first", x, [value / first for value in y], colour))
+    for line in lines:
+        axes.plot(line.x, line.y, color=line.colour, linewidth=1.9)
+    axes.set_ylim(bottom=0)
+    label_ends(axes, lines)
+    finish_panel(axes, facts, "Plasticity: dormant units, rank, norm", "share, and ratio")
 
 
 def draw_raster(axes: "Axes", facts: Facts) -> None:

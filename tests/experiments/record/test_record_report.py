@@ -68,6 +68,24 @@ def test_phases_shade_every_panel_that_counts_frames(tmp_path: Path):
     assert all((box.x0, box.x1) == pytest.approx((8000, 16000)) for box in boxes)
 
 
+def test_signs_of_plasticity_have_a_panel_where_a_run_reports_them(tmp_path: Path):
+    run = make_run(tmp_path)
+    for step, share in ((24_000, 0.25), (24_001, 0.5)):
+        found = {"dormant": share, "erank": 8 * share, "weight_norm": 100 * share}
+        named = [
+            found,
+            *({f"{part}/{k}": v for k, v in found.items()} for part in ("world", "actor")),
+        ]
+        run.log(step, {f"plasticity/{k}": v for part in named for k, v in part.items()})
+    figure = draw(gather(run.path))
+    text = words(figure)
+    for word in ("Plasticity", "world dormant", "actor dormant", "rank / first", "norm / first"):
+        assert word in text
+    axes = next(axes for axes in figure.axes if "Plasticity" in axes.get_title())
+    last = [float(line.get_ydata()[-1]) for line in axes.lines if len(line.get_ydata())]  # pyright: ignore
+    assert last == [0.5, 0.5, 2.0, 2.0]
+
+
 def test_the_outcome_is_the_mean_of_three_evaluations_at_the_end_of_each_phase(tmp_path: Path):
     run = Run.create(Config(frames=3000), tmp_path)
     for step in range(100, 3001, 100):
