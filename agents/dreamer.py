@@ -27,6 +27,11 @@ class Outcome(NamedTuple):
     metrics: dict[str, Tensor]  # scalars, on the device
 
 
+def outside(x: Tensor) -> Tensor:
+    """x as a tensor that gradients may meet, which one of inference mode is not."""
+    return x.clone() if x.is_inference() else x
+
+
 class Dreamer(nn.Module):
     """A world model with an actor and a critic that learn in imagination.
 
@@ -62,7 +67,6 @@ class Dreamer(nn.Module):
         """The carry of `batch` rows before their first step."""
         return self.world.initial(batch)
 
-    @torch.no_grad()
     def act(
         self,
         carry: Carry,
@@ -71,12 +75,11 @@ class Dreamer(nn.Module):
         use: MemoryUse = "write",
     ) -> tuple[Tensor, Carry]:
         """Encoded action (B, A) for rows (B, ...), and the carry after them."""
-        sequence = Batch(
-            {k: v[:, None] for k, v in row.obs.items()}, *(x[:, None] for x in row[1:])
-        )
-        posterior, carry = self.world.observe(sequence, carry, generator, use)
-        params = self.actor(features(posterior.deter, posterior.stoch)[:, 0])
-        return self.actor.sample(params, generator), carry
+        with torch.inference_mode():
+            after = self.world.step(row, carry, generator, use)
+            params = self.actor(features(*after.latent))
+            action = self.actor.sample(params, generator)
+        return fast.tree_map(outside, (action, after))
 
     def losses(
         self,

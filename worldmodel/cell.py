@@ -95,26 +95,30 @@ def advance(w: Weights, deter: Tensor, x: Tensor, recalled: Tensor | None, bias:
     mixed = addmm(bias, x, w.mix_state).add_(block_matmul(deter, w.mix_deter))
     if recalled is not None:
         mixed = addmm(mixed, recalled, w.mix_memory)
-    hidden = apart(w, F.silu(rms(mixed, w.mix_scale), inplace=True))
-    gates = torch.matmul(hidden, w.gates)
-    gates = gates.add_(w.gates_bias.view(*w.gates.shape[:-2], 1, -1).to(gates.dtype))
+    return gated(w.gates, w.gates_bias, deter, F.silu(rms(mixed, w.mix_scale), inplace=True))
+
+
+def gated(weight: Tensor, bias: Tensor, deter: Tensor, hidden: Tensor) -> Tensor:
+    """The state (B, D) that the gates (G, n, 3 n) of hidden (B, D) make of deter (B, D)."""
+    gates = torch.matmul(apart(weight, hidden), weight)
+    gates = gates.add_(bias.view(*weight.shape[:-2], 1, -1).to(gates.dtype))
     reset, candidate, update = gates.unflatten(-1, (3, -1)).unbind(-2)
     # tanh(x) = 2 sigmoid(2 x) - 1, which takes half as long on a CPU
     candidate = candidate.mul_(reset.sigmoid_()).mul_(2).sigmoid_().mul_(2).sub_(1)
     new = torch.empty_like(deter)
     torch.lerp(
-        apart(w, deter),
+        apart(weight, deter),
         candidate.to(deter.dtype),
         update.sub_(1).sigmoid_().to(deter.dtype),
-        out=apart(w, new),
+        out=apart(weight, new),
     )
     return new
 
 
-def apart(w: Weights, x: Tensor) -> Tensor:
-    """x (B, G * n) by blocks, as `Weights.gates` has them in front: a view (G, B, n)."""
-    groups = w.gates.shape[:-3]
-    return x.view(*groups, -1, w.blocks, x.shape[-1] // w.blocks).transpose(-2, -3)
+def apart(weight: Tensor, x: Tensor) -> Tensor:
+    """x (B, G * n) by blocks, as the weight (G, n, out) has them in front: a view (G, B, n)."""
+    *groups, blocks, _, _ = weight.shape
+    return x.view(*groups, -1, blocks, x.shape[-1] // blocks).transpose(-2, -3)
 
 
 def infer(

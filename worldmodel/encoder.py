@@ -83,6 +83,8 @@ class Encoder(nn.Module):
         images = [obs[key] for key in self.images]
         x = images[0] if len(images) == 1 else torch.cat(images, -1)
         lead = x.shape[:-3]
+        if len(lead) == 1 and len(x) <= self.part:
+            return self._convolve(x)
         parts = x.reshape(-1, *x.shape[-3:]).split(self.part)
         tokens = [self._convolve(part) for part in parts]
         return (tokens[0] if len(tokens) == 1 else torch.cat(tokens)).view(*lead, -1)

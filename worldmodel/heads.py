@@ -194,7 +194,7 @@ def race(shape: Sequence[int], generator: Draws, axis: int = 0) -> Tensor:
     that of the batch, for groups with a generator each.
     """
     uniform = drawn(torch.rand, shape, generator, axis)
-    return -1.0 / uniform.clamp(1e-12, 1 - 1e-7).log()
+    return uniform.clamp_(1e-12, 1 - 1e-7).log_().reciprocal_().neg_()
 
 
 def sample(probs: Tensor, noise: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ of unreduced (B, T) tensors. Losses follow DreamerV3 (arXiv 2301.04104): reconst
 space, two-hot rewards, and the KL in its two directions with free nats.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from worldmodel.encoder import Decoder, Encoder
 from worldmodel.heads import Binary, Draws, TwoHot, kl
 from worldmodel.nets import at_least_float32, exact_on_cpu
 from worldmodel.rssm import RSSM, MemoryUse, Posterior
+from worldmodel.step import step
 from worldmodel.types import NOBODY, Batch, Carry, Latent
 
 FAST_FORGETS = ("episode", "session", "never")
@@ -69,14 +72,29 @@ class WorldModel(nn.Module):
             posterior, carry = self.dynamics.observe(carry, *rows, use, generator)
         return posterior, carry._replace(user=batch.user[:, -1] if self.users else ())
 
+    def step(
+        self, row: Batch, carry: Carry, generator: Draws = None, use: MemoryUse = "write"
+    ) -> Carry:
+        """`observe` on one row (B, ...) where nobody learns: the carry after it."""
+        forget = self._leaving(row, carry.user)
+        tokens = self.encoder(row.obs)
+        with exact_on_cpu(tokens):
+            rows = (at_least_float32(tokens), row.action, row.first, forget)
+            carry = step(self.dynamics, carry, *rows, use, generator)
+        return carry._replace(user=row.user) if self.users else carry
+
     def _forgotten(self, batch: Batch, carry: Carry) -> Tensor:
         """Rows (B, T) whose fast weights go back to their initial state."""
+        users = (carry.user[:, None], batch.user[:, :-1]) if self.users else ()
+        return self._leaving(batch, torch.cat(users, 1) if users else ())
+
+    def _leaving(self, rows: Batch, before: Any) -> Tensor:
+        """Rows (...) whose fast weights go back to their initial state; `before` had which user."""
         if self.forget == "never":
-            return torch.zeros_like(batch.first)
+            return torch.zeros_like(rows.first)
         if self.forget == "episode" or not self.users:
-            return batch.first
-        before = torch.cat([carry.user[:, None], batch.user[:, :-1]], 1)
-        return batch.first & (batch.user != before)
+            return rows.first
+        return rows.first & (rows.user != before)
 
     def losses(self, batch: Batch, posterior: Posterior) -> dict[str, Tensor]:
         """Every loss of the world model, unreduced: {name: (B, T)}."""

@@ -144,7 +144,9 @@ class RMSNorm(nn.Module):
 def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
     """silu(norm(x)): for many rows as one node with a backward by hand, else as written."""
     assert isinstance(norm, RMSNorm)  # a ModuleList gives modules of any kind
-    if x.numel() < MANY or not torch.is_grad_enabled() or readable(x):
+    if not torch.is_grad_enabled():
+        return F.silu(rms(x, norm.weight), inplace=True)
+    if x.numel() < MANY or readable(x):
         return F.silu(rms(x, norm.weight))
     return NormSiLU.apply(x, norm.weight)
 

@@ -118,7 +118,7 @@ class RSSM(nn.Module):
         fasts = []
         for embed_t, bias_t, seen_t, keep_t, forget_t, noise_t in rows:
             deter, x = cell.enter(deter, stoch.flatten(1), keep_t)
-            recalled, fast = self._recall(use, forget_t)(x, embed_t, fast)
+            recalled, fast = self.recall(use, forget_t)(x, embed_t, fast)
             deter, stoch, probs = cell.leave(deter, x, recalled, bias_t, seen_t, noise_t)
             steps.append((deter, stoch, probs))
             fasts.append(fast_state.detach(fast))
@@ -134,7 +134,7 @@ class RSSM(nn.Module):
 
     def prior(self, deter: Tensor) -> Tensor:
         """Probabilities (..., S, C) of the stochastic state given deter (..., D)."""
-        return self._probs(self.prior_net(deter))
+        return self.probs(self.prior_net(deter))
 
     @torch.no_grad()
     def imagine(
@@ -150,7 +150,7 @@ class RSSM(nn.Module):
         Without gradients: actors learn by the score function, world models by prediction.
         """
         weights, shares = self._hoist()
-        recall = self._recall(use)
+        recall = self.recall(use)
         deter, stoch, fast = carry.latent.deter, carry.latent.stoch, carry.fast
         noise = race((horizon, len(deter), self.stoch, self.classes), generator, 1)
         keep = deter.new_ones(())
@@ -207,13 +207,14 @@ class RSSM(nn.Module):
 
     def _embed(self, action: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
         """Embedded action (..., hidden) and its part of the mixing layer (..., D)."""
-        embed = self.from_action(action / action.abs().clamp(min=1.0))
+        embed = self.from_action(action.clamp(-1, 1))
         return embed, affine(embed, share, self.mixed.bias)
 
-    def _probs(self, logits: Tensor) -> Tensor:
+    def probs(self, logits: Tensor) -> Tensor:
+        """Probabilities (..., S, C) of logits (..., S * C)."""
         return unimix(logits.unflatten(-1, (self.stoch, self.classes)), self.mix)
 
-    def _recall(self, use: MemoryUse, reset: Tensor | None = None) -> Recall:
+    def recall(self, use: MemoryUse, reset: Tensor | None = None) -> Recall:
         """How a step meets the fast weights: writes, then reads; reads only; or ignores them."""
         if self.memory is None:
             return lambda x, embed, fast: (None, fast)

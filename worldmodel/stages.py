@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from worldmodel.conv import Doubling, Down, doubled, image_error, nchw, squares
-from worldmodel.nets import EPSILON, RMSNorm, at_least_float32, norm_silu, readable
+from worldmodel.nets import EPSILON, MANY, RMSNorm, at_least_float32, norm_silu, readable
 
 BLOCK = 1 << 20  # elements of a convolution's output that a thread works on before the next
 PART = 1 << 23  # and of those that a node keeps: larger tensors cost page faults in every update
@@ -38,9 +38,19 @@ def at_once(pixels: int) -> int:
 def down(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """silu(norm(conv(x))) of an encoder's stage: (N, H, W, in) -> (N, H / 2, W / 2, out)."""
     assert isinstance(conv, Down) and isinstance(norm, RMSNorm)
-    if conv.kind == "strided" or not by_hand(x, conv.weight):
-        return norm_silu(norm, conv(x))
-    return DownStage.apply(low(x), conv.weight, conv.bias, norm.weight)
+    if conv.kind == "faithful" and by_hand(x, conv.weight):
+        return DownStage.apply(low(x), conv.weight, conv.bias, norm.weight)
+    y = conv.forward(x)
+    if torch.is_grad_enabled() or y.numel() < MANY or y.device.type != "cpu":
+        return norm_silu(norm, y)
+    return norm_silu_(y, norm.weight)
+
+
+def norm_silu_(x: Tensor, scale: Tensor) -> Tensor:
+    """silu(norm(x)) in place of x (..., C): products are what few channels do not slow down."""
+    rows = x.reshape(-1, x.shape[-1])
+    factor = torch.mv(rows * rows, torch.full_like(scale, 1 / len(scale))).add_(EPSILON).rsqrt_()
+    return F.silu(rows.mul_(torch.outer(factor, scale)), inplace=True).view(x.shape)
 
 
 def up(kernel: Doubling, norm: nn.Module, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from tests.worldmodel.small import (
     DISCRETE,
     MIXED,
     SEVERAL,
+    VECTOR,
     make_agent,
     make_batch,
     split,
@@ -87,22 +88,40 @@ def test_the_surprise_of_the_memory_is_told():
     assert "surprise" not in outcome.metrics
 
 
+def rows_of(batch):
+    for t in range(batch.first.shape[1]):
+        yield type(batch)({k: v[:, t] for k, v in batch.obs.items()}, *(x[:, t] for x in batch[1:]))
+
+
+@SPACES
 @pytest.mark.parametrize("memory", [False, True])
-def test_acting_step_by_step_filters_as_training_does(memory: bool):
-    agent, batch = make_agent(memory=memory), make_batch()
+def test_acting_filters_as_training_does_and_draws_the_same_actions(memory, action):
+    """float32, as it is used: actions to the bit where they are choices, states to rounding."""
+    agent, batch = make_agent(VECTOR, action, memory=memory), make_batch(VECTOR, action)
+    carry = again = agent.initial(4)
+    one, other = (torch.Generator().manual_seed(3) for _ in range(2))
+    for t, row in enumerate(rows_of(batch)):
+        chosen, carry = agent.act(carry, row, one)
+        with torch.no_grad():
+            posterior, again = agent.world.observe(split(batch, t, t + 1), again, other)
+            params = agent.actor(features(posterior.deter, posterior.stoch)[:, 0])
+        expected = agent.actor.sample(params, other)
+        exact = 0.0 if action.kind == "discrete" else 1e-5
+        torch.testing.assert_close(chosen, expected, rtol=0, atol=exact)
+        for a, b in zip(fast_state.leaves(carry), fast_state.leaves(again), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_carries_of_acting_can_be_learned_from():
+    agent, batch = make_agent(memory=True), make_batch()
+    first = torch.zeros_like(batch.first)
     carry = agent.initial(4)
-    for t in range(7):
-        row = split(batch, t, t + 1)
-        row = row._replace(obs={k: v[:, 0] for k, v in row.obs.items()})
-        row = type(row)(row.obs, *(x[:, 0] for x in row[1:]))
-        # the filter's draw must not depend on the policy's: give each step its own generator
-        action, carry = agent.act(carry, row, torch.Generator().manual_seed(t))
-        assert action.shape == (4, 3)
-    generator_steps = [torch.Generator().manual_seed(t) for t in range(7)]
-    again = agent.initial(4)
-    for t, generator in enumerate(generator_steps):
-        _, again = agent.world.observe(split(batch, t, t + 1), again, generator)
-    assert all(map(torch.equal, fast_state.leaves(carry), fast_state.leaves(again)))
+    for row in rows_of(batch):
+        _, carry = agent.act(carry, row)
+    outcome = agent.losses(batch._replace(first=first), carry, slow_of(agent))
+    agent.total(outcome.losses).backward()
+    grad = agent.world.dynamics.from_deter.linear.weight.grad
+    assert grad is not None and grad.abs().sum() > 0
 
 
 def test_the_actor_learns_which_imagined_action_is_rewarded(monkeypatch: pytest.MonkeyPatch):

@@ -38,6 +38,18 @@ def test_up_is_doubling_then_convolving(kind: str) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("size", [(1, 64, 64), (3, 8, 6), (5, 2, 2)])
+def test_patches_that_are_gathered_are_a_strided_convolution(size: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    layer = Down(3, 5, "strided").double()
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(*size, 3, dtype=torch.float64)
+    textbook = F.conv2d(nchw(x), layer.weight, layer.bias, stride=2, padding=1)
+    with torch.no_grad():
+        ours = layer(x)
+    torch.testing.assert_close(ours, textbook.permute(0, 2, 3, 1), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["faithful", "strided"])
 def test_down_halves(kind: str) -> None:
     layer = Down(3, 5, kind)  # pyright: ignore

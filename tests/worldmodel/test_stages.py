@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from worldmodel import Decoder, Encoder, ObsSpec, stages
-from worldmodel.conv import Down, Up, doubled, image_error, nchw
+from worldmodel.conv import Down, Kind, Up, doubled, image_error, nchw
 from worldmodel.nets import RMSNorm, norm_silu
-from worldmodel.stages import doubled_error, down, pair, pairs, unpooled, up
+from worldmodel.stages import doubled_error, down, norm_silu_, pair, pairs, unpooled, up
 
 WIDTHS = [(3, 8), (8, 12), (4, 5), (16, 9)]
 
@@ -154,3 +154,23 @@ def test_parts_of_a_batch_are_the_whole(keys: list[str]) -> None:
     for i, key in enumerate(keys):
         expected = image_error(logits[key], obs[key].flatten(0, 1))
         torch.testing.assert_close(found[0][2 + i], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [1, 8, 12])
+def test_the_norm_of_few_channels_without_gradients(width: int) -> None:
+    norm, x = norm_of(width), torch.randn(2, 4, 6, width, dtype=torch.float64)
+    expected = norm_silu(norm, x)
+    with torch.no_grad():
+        ours = norm_silu_(x, norm.weight)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["faithful", "strided"])
+def test_an_encoder_gives_the_same_tokens_without_gradients(kind: Kind) -> None:
+    spec = {"image": ObsSpec("image", (64, 64, 3))}
+    encoder = Encoder(spec, 4, 8, 1, kind)
+    image = torch.randint(256, (6, 64, 64, 3), dtype=torch.uint8)
+    expected = encoder({"image": image[:, None]})[:, 0]
+    with torch.no_grad():
+        ours = encoder({"image": image})
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
