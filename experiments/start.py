@@ -25,8 +25,8 @@ from worldmodel.transformer import stack
 
 # What a run may set anew: training's own, and what has no parameters.
 FREE = {
-    *("tokenizer.hide", "dynamics.bootstrap", "dynamics.apart", "dynamics.context_noise"),
-    "dynamics.trunk.context",
+    *("tokenizer.hide", "dynamics.bootstrap", "dynamics.apart", "dynamics.settled"),
+    *("dynamics.context_noise", "dynamics.trunk.context"),
 }
 
 

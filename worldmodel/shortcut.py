@@ -80,6 +80,8 @@ class ShortcutDynamics(nn.Module):
     kind; tasks: how many the agents may be given; k_max: finest sampling steps; bootstrap: share
     of rows that draw their step size (zero: no shortcuts, one: as the paper prints it), all
     others take the smallest; apart: share of rows seen as separate images, for start frames;
+    settled: share of frames that training leaves as clear as a context is, so that what follows
+    from them can be told (zero: each frame is noised to a level of its own, as in the paper);
     context_noise: of the frames in a context, at the nearest level; where only clean frames, which
     no training saw, are nearer than its finest level, that is told and the noise stays as asked.
     prediction, loss, weight: PREDICTIONS, LOSSES and WEIGHTS by name.
@@ -98,6 +100,7 @@ class ShortcutDynamics(nn.Module):
         k_max: int = 8,
         bootstrap: float = 0.25,
         apart: float = 0.3,
+        settled: float = 0.0,
         context_noise: float = 0.1,
         prediction: Literal["x", "v"] = "x",
         loss: Literal["x", "v"] = "x",
@@ -116,7 +119,7 @@ class ShortcutDynamics(nn.Module):
         width, packed = trunk.width, count * channels // spatial
         self.latents, self.spatial, self.packed = latents, spatial, packed
         self.agents, self.k_max, self.finest = agents, k_max, k_max.bit_length() - 1
-        self.bootstrap, self.apart = bootstrap, apart
+        self.bootstrap, self.apart, self.settled = bootstrap, apart, settled
         nearest = round((1 - context_noise) * k_max)
         self.kept = min(nearest, k_max - 1)  # the level that a context's frames are told
         self.clear = nearest / k_max if nearest < k_max else 1 - context_noise
@@ -167,12 +170,15 @@ class ShortcutDynamics(nn.Module):
         rows = rows[: round(self.bootstrap * batch)]
         data = self.pack(clip.latents)
         signal, step = self.draw(rows, batch, length, generator)
+        noise = normal(data, generator)
+        chosen = torch.rand(batch, length, generator=generator, device=device) < self.settled
+        settled = settled | chosen
         levels = Levels(
             torch.where(settled, self.kept, signal), torch.where(settled, self.finest, step)
         )
         tau = self.tau(levels.signal)
         clear = torch.where(settled[..., None, None], self.clear, tau)
-        z = torch.lerp(normal(data, generator), data, clear)
+        z = torch.lerp(noise, data, clear)
         actions = self._actions(clip)
         frame, feature = self._look(
             self.transformer(self._all(z, levels, actions, clip.task), clip.first)

@@ -87,6 +87,11 @@ class DynamicsConfig(Frozen):
     k_max: int = Field(default=8, ge=2, description="finest sampling steps, a power of two")
     bootstrap: Rate = Field(default=0.25, description="share of rows that draw a step size")
     apart: Rate = Field(default=0.3, description="share of rows seen as separate images")
+    settled: Rate = Field(
+        default=0.0,
+        description="share of frames that training shows as clear as a context, so that what "
+        "follows them can be told; 0 noises each frame to a level of its own, as the paper does",
+    )
     context_noise: Rate = Field(default=0.1, description="noise of frames in a context")
 
 

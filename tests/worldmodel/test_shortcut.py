@@ -293,6 +293,22 @@ def test_settled_rows_are_seen_whole_and_as_noisy_as_a_context():
     assert torch.equal(changed, settled)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_frames_is_as_clear_as_a_context(share: float):
+    model = make(settled=share, k_max=64, bootstrap=0.5)
+    told: list[Levels] = []
+    tokens = model._tokens
+
+    def spy(z: Tensor, levels: Levels, actions: Tensor) -> Tensor:
+        told.append(levels)
+        return tokens(z, levels, actions)
+
+    model._tokens = spy
+    model.losses(clips(64, 32), seeded())
+    clear = (told[0].signal == model.kept) & (told[0].step == model.finest)
+    assert clear.float().mean().item() == pytest.approx(share, abs=0.04)
+
+
 def test_a_share_of_rows_is_seen_as_separate_images():
     model, clip = make(apart=1.0, bootstrap=0.0), clips()
     _, feature = model.losses(clip, seeded())
