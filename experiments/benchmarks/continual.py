@@ -20,8 +20,10 @@ import torch
 from experiments.benchmarks.cells import Cell, Family, Result, collect, run_cells, there
 from experiments.benchmarks.names import names_in
 from experiments.benchmarks.results import page_of, put
-from experiments.benchmarks.tasks.agent_cells import AGENT, STREAM
+from experiments.benchmarks.tasks import agent_cells
 from experiments.benchmarks.tasks.agent_methods import AGENT_METHODS
+from experiments.benchmarks.tasks.agent_streams import STREAMS
+from experiments.benchmarks.tasks.agent_units import FRESH, RANDOM, in_units
 from experiments.benchmarks.tasks.baselines import METHODS
 from experiments.benchmarks.tasks.board import Board, table
 from experiments.benchmarks.tasks.streams import NAMES
@@ -48,9 +50,12 @@ class Tier(NamedTuple):
 
 
 # Who runs the cells of a stream. Other kinds of streams add themselves here and to TIERS.
-FAMILIES: dict[str, Family] = {**dict.fromkeys(NAMES, SUPERVISED), STREAM: AGENT}
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(NAMES, SUPERVISED),
+    **{name: agent_cells.family(stream) for name, stream in STREAMS.items()},
+}
 
-DIGITS, SLOW = "cl/PermutedDigits-v0", "cl/SlowRegression-v0"
+DIGITS, SLOW, STREAM = "cl/PermutedDigits-v0", "cl/SlowRegression-v0", "cl/CartPoleShift-v0"
 DEEP = tuple(name for name in METHODS if name != "k2")
 SHALLOW = ("plain", "k2", "l2_init", "shrink_perturb", "redo", "cbp", "hare_tortoise", "fresh")
 ONE_LAYER = {"hidden": [5], "batch": 1, "lr": 0.01, "redo_every": 500}
@@ -134,6 +139,8 @@ def cells_of(asked: argparse.Namespace) -> list[Cell]:
         options = {**family.fields, **plan.changes, **own}
         seeds = tuple(range(plan.seeds if asked.seeds is None else asked.seeds))
         kept = [name for name in methods if name in family.methods] if methods else plan.methods
+        if FRESH in kept and RANDOM in family.methods:  # scores lie between the two
+            kept = dict.fromkeys([RANDOM, *kept])
         cells += [Cell(plan.stream, name, seeds, options) for name in kept]
     for cell in cells:
         FAMILIES[cell.stream].check(cell)
@@ -160,11 +167,12 @@ def change(word: str, fields: Mapping[str, Any]) -> tuple[str, Any]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     lists = [
-        f"{what}:\n" + "\n".join(f"  {name:<16}{line}" for name, line in lines.items())
+        f"{what}:\n" + "\n".join(f"  {name:<22}{line}" for name, line in lines.items())
         for what, lines in (
             ("tiers", {name: tier.line for name, tier in TIERS.items()}),
             ("methods", SUPERVISED.methods),
-            (f"methods on {STREAM}", AGENT.methods),
+            ("methods of agents", {name: method.line for name, method in AGENT_METHODS.items()}),
+            ("streams of agents", {name: stream.line for name, stream in STREAMS.items()}),
         )
     ]
     listed = "\n\n".join(lists)
@@ -208,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with others(asked.jobs - 1, sys.argv[1:] if argv is None else argv), Board(plan) as board:
             results = run_cells(plan, FAMILIES, out / "cells", board.show)
     cells = [cell for cell in plan if cell.key in results]
+    results = in_units(cells, results)
     if not cells:
         print(f"none of {len(plan)} cells is in {out / 'cells'}", file=sys.stderr)
         return 1

@@ -2,14 +2,12 @@
 
 Schedules of levels, kinds of replay, fast memories, published methods and the two controls that a
 claim about k timescales must beat. CLS-ER is left out: its averages matter only to one who acts
-with them or learns from them, and in a configuration nobody does; online EWC too, for nothing
-measures an agent's Fisher information yet.
+with them or learns from them, and in a configuration nobody does.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from experiments.config import Config, load_config
 from experiments.envs.cartpole import NAMES
 
 POWER = 0.5  # a level of period n learns with lr * n**POWER
@@ -31,6 +29,10 @@ FIELDS: dict[str, Any] = {
     "l2_init": 1.0,  # the rate of decay toward the initial weights, in units of lr
     "average": 0.005,  # rate of the tortoise
     "return_every": 200,  # updates from one return of the hare to the next
+    "ewc": 3000.0,  # strength of the pull of a weight of mean importance, in units of lr
+    "anchor_every": 250,  # updates from one anchor of ewc to the next
+    "gamma": 0.95,  # what is left of its Fisher information at the next
+    "rollout": 64,  # frames that `matching` keeps or drops together
 }
 
 Options = Mapping[str, Any]
@@ -43,29 +45,6 @@ class AgentMethod(NamedTuple):
     line: str
     changes: Change = lambda options: ()
     fresh: bool = False  # a new agent for each task
-
-
-def configured(
-    method: AgentMethod, options: Options, contexts: Sequence[str], seed: int, root: str
-) -> Config:
-    """A run of this method through phases in these contexts, evaluated in all of the stream.
-
-    Raises ConfigError for options that cannot run.
-    """
-    stream = ",".join(NAMES[: options["tasks"]])
-    shared = [
-        f"seed={seed}", f"frames={options['frames'] * len(contexts)}",
-        f"env.contexts=[{','.join(contexts)}]", f"evaluate.contexts=[{stream}]",
-        f"evaluate.every={options['every']}", f"evaluate.episodes={options['episodes']}",
-        f"log.every={options['every']}", "checkpoint.every=0",
-        f"replay.kind={options['replay']}", f"replay.capacity={options['capacity']}",
-        "replay.batch=16", "replay.length=16",
-        f"train.ratio={options['ratio']}", f"train.prefill={options['prefill']}",
-        "timescales.rule.kind=laprop", f"timescales.rule.lr={options['lr']}",
-        "timescales.rule.warmup=100",
-        f"tracking.root={root}", "tracking.mlflow=false", "tracking.pictures=false",
-    ]  # fmt: skip
-    return load_config("plain", [*shared, *method.changes(options)])
 
 
 def clocked(k: int) -> Change:
@@ -120,6 +99,14 @@ def hare_rates(options: Options) -> list[str]:
     return [f"timescales.rule.lr={options['lr'] * steps / n!r}"]
 
 
+def ewc(options: Options) -> list[str]:
+    """World model and actor stay near where they were, by importance; nobody tells of tasks."""
+    return [
+        "timescales.kind=ewc", f"timescales.weight={options['ewc']}",
+        f"timescales.n={options['anchor_every']}", f"timescales.decay={options['gamma']}",
+    ]  # fmt: skip
+
+
 def with_memory(options: Options) -> list[str]:
     """Fast weights in the dynamics that learn while the agent acts."""
     return ["model.memory.kind=gated_delta", "model.memory.dim=32", "model.memory.heads=1"]
@@ -130,9 +117,14 @@ def replay(kind: str) -> Change:
     return lambda options: [f"replay.kind={kind}"]
 
 
+def matching(options: Options) -> list[str]:
+    """The two buffers of WMAR and ARROW."""
+    return ["replay.kind=matching", f"replay.rollout={options['rollout']}"]
+
+
 def told(options: Options) -> list[str]:
     """The context is part of the observation."""
-    return ["env.kwargs={oracle: true}"]
+    return ["env.kwargs.oracle=true"]
 
 
 def both(*changes: Change) -> Change:
@@ -167,6 +159,10 @@ AGENT_METHODS = {
     "l2_init": AgentMethod("decay toward the initial weights", l2_init),
     "hare_tortoise": AgentMethod("returns to an average of its own path", hare_tortoise),
     "hare_rates": AgentMethod("control of hare_tortoise: the rate it travels with", hare_rates),
+    "ewc": AgentMethod("online EWC on world model and actor, without task boundaries", ewc),
+    "matching": AgentMethod(
+        "k=1, replay is WMAR's pair of buffers: rollouts of the newest, and of all", matching
+    ),
     "oracle": AgentMethod("k=1 that sees the context", told),
     "fresh": AgentMethod("a new agent for each task: the reference of plasticity", fresh=True),
 }

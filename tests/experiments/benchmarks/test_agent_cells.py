@@ -8,9 +8,11 @@ import pytest
 
 from experiments.benchmarks import cells, continual
 from experiments.benchmarks.cells import Cell, Result
-from experiments.benchmarks.tasks import agent_cells, page
-from experiments.benchmarks.tasks.agent_cells import STREAM, Clock
+from experiments.benchmarks.continual import STREAM
+from experiments.benchmarks.tasks import agent_cells, agent_scores, page
+from experiments.benchmarks.tasks.agent_costs import Clock
 from experiments.benchmarks.tasks.agent_methods import AGENT_METHODS, FAST, FIELDS
+from experiments.benchmarks.tasks.agent_streams import STREAMS
 from experiments.config import Config, ConfigError, levels_of, load_config
 from experiments.envs.known import check_env
 from experiments.evaluate import contexts_of
@@ -71,6 +73,11 @@ def test_other_methods_change_what_their_name_says():
         assert rates(run_of(f"{name}_fast")) == rates(run_of(name))
     (level,) = levels_of(run_of("l2_init", lr=1e-3, l2_init=0.5)).values()
     assert (level.relax[0].to, level.relax[0].rate) == ("init", 5e-4)
+    held = levels_of(run_of("ewc", ewc=8.0, gamma=0.75, anchor_every=9, lr=1e-3))
+    assert held["anchored"].model_dump()["relax"][0]["rate"] == {"by": "fisher", "times": 0.032}
+    assert [held[name].every.n for name in held] == [1, 1, 9, 9]
+    pair = run_of("matching", rollout=48, replay="fifo").replay
+    assert (pair.kind, pair.model_dump()["rollout"]) == ("matching", 48)
     hare, tortoise = levels_of(run_of("hare_tortoise", average=0.1, return_every=7)).values()
     assert hare.reset[0].every.n == 7
     assert tortoise.model_dump()["flow"]["rate"] == 0.1
@@ -118,7 +125,7 @@ def reported(config: Config, scores: np.ndarray) -> list[Row]:
         if i:
             ended = {"train/return": 20.0 * i, "train/episodes": float(i), "train/updates": 3.0 * i}
             rows.append(Row(step, 0.0, ended))
-        found = {f"eval/{name}/score": value for name, value in zip(NAMES, row, strict=False)}
+        found = {f"eval/{name}/return": 200 * v for name, v in zip(NAMES, row, strict=False)}
         rows.append(Row(step, 0.0, found))
     return rows
 
@@ -126,13 +133,13 @@ def reported(config: Config, scores: np.ndarray) -> list[Row]:
 def test_scores_come_from_the_last_three_evaluations_of_a_phase():
     config = run_of("plain", tasks=2, frames=4000)
     scores = np.arange(18.0).reshape(9, 2)  # row t holds 2t and 2t + 1
-    part = agent_cells.part_of(reported(config, scores), config)
+    part = agent_cells.part_of(reported(config, scores), config, STREAMS[STREAM])
     assert part.course.shape == (1, 2, 5, 2)
     assert np.array_equal(part.course[0, 1], scores[4:]), "a phase starts where the last one ended"
     assert part.updates == 24
     expected = [[0, 1], [6, 7], [14, 15]]  # untrained; mean of rows 2, 3, 4; of rows 6, 7, 8
-    assert agent_cells.scores_of(part.course)[0].tolist() == expected
-    assert agent_cells.own(part.course)[0].tolist() == [[0, 2, 4, 6, 8], [9, 11, 13, 15, 17]]
+    assert agent_scores.scores_of(part.course)[0].tolist() == expected
+    assert agent_scores.own(part.course)[0].tolist() == [[0, 2, 4, 6, 8], [9, 11, 13, 15, 17]]
     # episodes 1, 2, 3, 4 of returns 20, 40, 60, 80, and so on
     means = [sum(20 * i * i for i in phase) / sum(phase) for phase in ((1, 2, 3, 4), (5, 6, 7, 8))]
     assert part.online[0] == pytest.approx(np.array(means) / 200)
@@ -143,7 +150,7 @@ def test_a_context_that_comes_back_is_no_task_but_is_measured():
     course[:, 0, 1:, 0] = [0.4, 0.6, 0.8]
     course[:, 2, :, 0] = [[0.2, 0.9, 0.9, 0.9], [0.0, 0.0, 0.4, 0.4]]
     info = {"contexts": ["normal", "flipped"], "phases": ["normal", "flipped", "normal"]}
-    found = agent_cells.result_of(course, np.ones((2, 3)), 100, info)
+    found = agent_scores.result_of(course, np.ones((2, 3)), 100, info)
     assert found.scores.shape == (2, 3, 2) and found.by_task["online"].shape == (2, 2)
     assert found.by_task["frames_to_learn"].tolist() == [[300, 300]] * 2
     first = (0.2 + 0.5 + 0.7) / 3
@@ -161,8 +168,8 @@ def test_a_context_that_comes_back_is_no_task_but_is_measured():
 
 def test_where_no_episode_ends_all_slots_lived():
     config = run_of("plain", tasks=2, frames=160, every=160, prefill=128)
-    assert agent_cells.online_of([], config) == 160 / 8 / 200
-    assert agent_cells.online_of([], run_of("plain")) == 1.0
+    assert agent_cells.online_of([], 80, config, STREAMS[STREAM]) == 80 / 8 / 200
+    assert agent_cells.online_of([], 10_000, config, STREAMS[STREAM]) == 1.0
 
 
 def test_the_clock_tells_shares_over_lists_of_runs():
@@ -235,7 +242,7 @@ def test_a_panel_shows_every_context_in_every_phase():
 
     course = np.random.default_rng(0).random((3, 2, 4, 2))
     result = Result(
-        agent_cells.scores_of(course), {}, {"course": course, "frames": np.arange(4) * 80},
+        agent_scores.scores_of(course), {}, {"course": course, "frames": np.arange(4) * 80},
         {"contexts": ["normal", "flipped"], "phases": ["normal", "flipped"]},
     )  # fmt: skip
     axes = Figure().subplots()

@@ -40,7 +40,7 @@ def test_rates_for_levels_by_depth():
 
 def test_an_agents_hare_has_the_same_control():
     options = {**FIELDS, "lr": 0.1, "average": 0.05, "return_every": 8}
-    run = agent_cells.one_run(Cell(agent_cells.STREAM, "hare_rates", (0,), options))
+    run = agent_cells.one_run(Cell("cl/CartPoleShift-v0", "hare_rates", (0,), options))
     rule = levels_of(run)["all"].model_dump()["flow"]["rule"]
     far = travelled(schedules.hare_rates(SIZES, SETTINGS), 1)
     assert rule["lr"] == pytest.approx(far["layers.0.weight"])
