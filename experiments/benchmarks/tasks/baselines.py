@@ -34,6 +34,7 @@ from experiments.benchmarks.tasks.supervised import (
     layers,
     losses,
 )
+from timescales.foreach import share
 
 
 # ---- online EWC --------------------------------------------------------------------------------
@@ -41,7 +42,8 @@ class OnlineEwc:
     """One running Fisher over all tasks (Schwarz et al. 2018, arXiv 1805.06370).
 
     The decay toward the last task's weights is taken implicitly, `z / (1 + z)` with `z = lr ewc F`,
-    which no strength makes unstable; for small z it is the penalty's own step.
+    as `timescales.Weighted` has it. Here the end of a task is told, and the Fisher is that of
+    single rows and of all labels; an agent has neither (`presets.online_ewc`).
     """
 
     def __init__(self, learner: Learner) -> None:
@@ -59,9 +61,9 @@ class OnlineEwc:
         stop = learner.stream.samples
         rows = learner.stream.rows(task, max(0, stop - settings.ewc_rows), stop)
         for name, found in fisher(learner.params, rows).items():
-            kept = self.fisher[name].mul_(settings.gamma).add_(found)
-            strength = settings.lr * settings.ewc * kept
-            self._rates[name] = strength / (1.0 + strength)
+            self.fisher[name].mul_(settings.gamma).add_(found)
+        rates = share(list(self.fisher.values()), settings.lr * settings.ewc)
+        self._rates = dict(zip(self.fisher, rates, strict=True))
 
 
 def fisher(params: Mapping[str, Tensor], rows: Rows) -> Params:
