@@ -69,6 +69,7 @@ class CrafterEnv(gymnasium.Env):
     def step(self, action: int):
         """One step; the info holds inventory and achievements."""
         obs, reward, done, info = self._crafter.step(int(action))
+        info["player_pos"] = info["player_pos"].copy()  # the player's own, until it moves
         dead = info["discount"] == 0.0
         return obs, float(reward), dead, bool(done) and not dead, info
 
