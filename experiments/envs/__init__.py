@@ -1,11 +1,13 @@
-"""Environments: any gymnasium id as N slots of rows, and our own CartPoleShift.
+"""Environments: any gymnasium id as N slots of rows, and ids of our own in gymnasium's registry.
 
 The public names are loaded when they are first used: `known`, which checks a configuration, is
-imported without torch and gymnasium.
+imported without torch.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from experiments.envs.specs import register
 
 if TYPE_CHECKING:
     from .build import make_envs, open_env
@@ -18,6 +20,8 @@ _HOMES = {
     "Row": "rows",
     "random_action": "rows",
 }
+
+register()
 
 __all__ = ["Envs", "Row", "make_envs", "open_env", "random_action"]
 

@@ -24,7 +24,6 @@ from experiments.envs import (
     minigrid,
     minihack,
     recipes,
-    slipperyant,
     userpop,
 )
 from experiments.envs.adapter import GymEnvs
@@ -38,31 +37,6 @@ from experiments.envs.spaces import Observations
 from experiments.envs.switch import SwitchEnv
 from experiments.envs.tasks import STREAMS
 
-# Our environments behind gymnasium's interface: where each is, and the steps of its episodes.
-SPECS = {
-    spec.id: spec
-    for spec in (
-        EnvSpec("crafter", entry_point=f"{crafter.__name__}:CrafterEnv"),
-        EnvSpec(craftershift.ID, f"{craftershift.__name__}:CrafterShiftEnv"),
-        EnvSpec(
-            slipperyant.ID,
-            entry_point=f"{slipperyant.__name__}:SlipperyAntEnv",
-            max_episode_steps=slipperyant.STEPS,
-        ),
-        EnvSpec(recipes.ID, f"{recipes.__name__}:RecipesEnv", max_episode_steps=recipes.STEPS),
-        EnvSpec(coinrun.ID, f"{coinrun.__name__}:CoinRunEnv"),
-        *(
-            EnvSpec(
-                name,
-                entry_point=f"{__name__}:open_stream",
-                max_episode_steps=stream.steps,
-                kwargs={"name": name},
-            )
-            for name, stream in STREAMS.items()
-        ),
-    )
-}
-
 # The highest return of an episode, where it is known.
 CAPS = {
     "crafter": crafter.CAP,
@@ -73,15 +47,6 @@ CAPS = {
     "MiniHack4-v0": 1.0,
     "CoinRun6-v0": coinrun.CAP,
 }
-
-for _spec in SPECS.values():
-    if _spec.id not in gymnasium.registry:
-        gymnasium.register(
-            _spec.id,
-            entry_point=_spec.entry_point,
-            max_episode_steps=_spec.max_episode_steps,
-            kwargs=_spec.kwargs,
-        )
 
 
 def make_envs(config: EnvConfig, num: int | None = None, seed: int = 0) -> Envs:
@@ -113,7 +78,7 @@ def open_stream(name: str, oracle: bool = False, render_mode: str = "rgb_array")
     """An environment that switches between gymnasium tasks; its entry point for gymnasium."""
     tasks = STREAMS[name].tasks
     opened = {key: Opening(find(task.id), True, task.kwargs) for key, task in tasks.items()}
-    return SwitchEnv(opened, oracle, render_mode)
+    return SwitchEnv(name, opened, oracle, render_mode)
 
 
 def find(name: str) -> EnvSpec:
@@ -131,8 +96,6 @@ def find(name: str) -> EnvSpec:
                     f"environment {name!r} needs the package {missing.name!r}: "
                     f"pip install {install}"
                 ) from missing
-    if name in SPECS:
-        return SPECS[name]
     module, _, rest = name.rpartition(":")  # gymnasium's "module:id" imports the module first
     if module:
         importlib.import_module(module)

@@ -281,12 +281,3 @@ class CartPoleShiftEnvs(Envs):
 def _one_hot(context: np.ndarray) -> np.ndarray:
     """Contexts by index (N,) as (N, 4) float32."""
     return np.eye(len(NAMES), dtype=np.float32)[context]
-
-
-if ID not in gymnasium.registry:
-    gymnasium.register(
-        ID,
-        entry_point=f"{__name__}:CartPoleShiftEnv",
-        vector_entry_point=f"{__name__}:CartPoleShiftVectorEnv",
-        max_episode_steps=CAP,
-    )

@@ -36,10 +36,10 @@ class Hidden:
 class Open:
     """The plain view: observations as they are."""
 
-    def __init__(self, space: spaces.Box):
-        self.space: spaces.Space = space
+    def __init__(self, space: spaces.Space):
+        self.space = space
 
-    def __call__(self, obs: np.ndarray, told: np.ndarray) -> Any:
+    def __call__(self, obs: Any, told: np.ndarray) -> Any:
         """The observation."""
         return obs
 
@@ -57,6 +57,23 @@ class Oracle:
         return {self._key: obs, "context": told}
 
 
-def view(space: spaces.Box, size: int, oracle: bool) -> Open | Oracle:
+class OracleOf:
+    """The same where observations are dicts already."""
+
+    def __init__(self, space: spaces.Dict, size: int):
+        told = spaces.Box(0.0, 1.0, (size,), np.float32)
+        self.space: spaces.Space = spaces.Dict({**space.spaces, "context": told})
+
+    def __call__(self, obs: Any, told: np.ndarray) -> Any:
+        """Both."""
+        return {**obs, "context": told}
+
+
+def view(space: spaces.Space, size: int, oracle: bool) -> Open | Oracle | OracleOf:
     """How observations of `space` are seen where `size` numbers tell what is hidden."""
-    return Oracle(space, size) if oracle else Open(space)
+    if not oracle:
+        return Open(space)
+    if isinstance(space, spaces.Dict):
+        return OracleOf(space, size)
+    assert isinstance(space, spaces.Box), space
+    return Oracle(space, size)

@@ -28,10 +28,10 @@ class Seeded(gymnasium.Wrapper):
 
 def view(env: gymnasium.Env) -> gymnasium.Env:
     """`image` (84, 84, 3) uint8 of an environment that was made with `TILES`."""
-    space = env.observation_space
-    assert isinstance(space, spaces.Dict)
-    height, width, channels = space["pixel_crop"].shape or ()
-    shape = (height + 2 * BORDER, width + 2 * BORDER, channels)
+    assert isinstance(env.observation_space, spaces.Dict)
+    tiles = env.observation_space["pixel_crop"].shape
+    assert tiles is not None
+    shape = (tiles[0] + 2 * BORDER, tiles[1] + 2 * BORDER, tiles[2])
     return TransformObservation(
         Seeded(env),
         lambda obs: {"image": _bordered(obs["pixel_crop"])},

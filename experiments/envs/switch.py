@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import gymnasium
-import numpy as np
-from gymnasium import spaces
+
+from experiments.envs.hidden import Hidden, view
 
 Open = Callable[[], gymnasium.Env]
 
@@ -21,40 +21,42 @@ class SwitchEnv(gymnasium.Env):
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012  gymnasium's own convention
 
     def __init__(
-        self, tasks: Mapping[str, Open], oracle: bool = False, render_mode: str = "rgb_array"
+        self,
+        name: str,
+        tasks: Mapping[str, Open],
+        oracle: bool = False,
+        render_mode: str = "rgb_array",
     ):
         self.render_mode = render_mode
-        self.contexts = tuple(tasks)
-        self.context = self.contexts[0]
-        self._tasks, self._oracle = tasks, oracle
-        self._opened = {self.context: tasks[self.context]()}
+        self._tasks, self._hidden = tasks, Hidden(name, tuple(tasks))
+        first = self._hidden.context
+        self._opened = {first: tasks[first]()}
         self._seen, self.action_space = self.task.observation_space, self.task.action_space
-        self.observation_space = self._told() if oracle else self._seen
+        self._view = view(self._seen, len(tasks), oracle)
+        self.observation_space = self._view.space
 
     @property
     def task(self) -> gymnasium.Env:
         """The environment that is played, opened if it was not."""
-        if self.context not in self._opened:
-            self._opened[self.context] = self._open(self.context)
-        return self._opened[self.context]
+        context = self._hidden.context
+        if context not in self._opened:
+            self._opened[context] = self._open(context)
+        return self._opened[context]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         """A new episode, of the task that `options["context"]` names from here on."""
         super().reset(seed=seed)
-        context = (options or {}).get("context", self.context)
-        if context not in self._tasks:
-            names = ", ".join(self.contexts)
-            raise ValueError(f"context {context!r} is unknown; choose from {names}")
-        self.context = context
+        self._hidden.enter(options)
         if seed is None:  # of this environment's own, so that a task opened late follows from it
             seed = int(self.np_random.integers(2**31))
         obs, info = self.task.reset(seed=seed)
-        return self._observe(obs), info
+        return self._view(obs, self._hidden.told()), info
 
     def step(self, action: Any):
         """One step of the task."""
         obs, reward, terminated, truncated, info = self.task.step(action)
-        return self._observe(obs), float(reward), terminated, truncated, info
+        seen = self._view(obs, self._hidden.told())
+        return seen, float(reward), terminated, truncated, info
 
     def render(self) -> Any:
         """The picture of the task."""
@@ -73,20 +75,7 @@ class SwitchEnv(gymnasium.Env):
             if ours != theirs:
                 env.close()
                 raise ValueError(
-                    f"task {context!r} has the space {theirs} where {self.contexts[0]!r} has "
-                    f"{ours}: tasks of one environment need the same spaces"
+                    f"task {context!r} of {self._hidden.env} has the space {theirs}, the first "
+                    f"one has {ours}: tasks of one environment need the same spaces"
                 )
         return env
-
-    def _told(self) -> spaces.Dict:
-        """The space of observations that tell the context."""
-        seen = self._seen.spaces if isinstance(self._seen, spaces.Dict) else {"image": self._seen}
-        told = spaces.Box(0.0, 1.0, (len(self.contexts),), np.float32)
-        return spaces.Dict({**seen, "context": told})
-
-    def _observe(self, obs: Any) -> Any:
-        if not self._oracle:
-            return obs
-        told = np.zeros(len(self.contexts), np.float32)
-        told[self.contexts.index(self.context)] = 1
-        return {**(obs if isinstance(obs, dict) else {"image": obs}), "context": told}

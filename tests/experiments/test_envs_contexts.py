@@ -114,7 +114,7 @@ class Wider(Telltale):
 
 def test_tasks_are_opened_when_needed_and_closed_together():
     tasks = {name: Counted() for name in "abc"}
-    env = SwitchEnv(tasks)
+    env = SwitchEnv("Tests-v0", tasks)
     env.reset(seed=0, options={"context": "c"})
     env.reset(options={"context": "a"})
     env.reset(options={"context": "c"})
@@ -126,24 +126,26 @@ def test_tasks_are_opened_when_needed_and_closed_together():
 def test_what_was_not_given_a_seed_follows_from_the_last_one():
     told = []
     for _ in range(2):
-        env = SwitchEnv({name: Counted() for name in "ab"})
+        env = SwitchEnv("Tests-v0", {name: Counted() for name in "ab"})
         env.reset(seed=7)
         told.append([env.reset(options={"context": "b"})[0]["seed"].tolist() for _ in range(3)])
     assert told[0] == told[1] and told[0][0] != told[0][1]
 
 
 def test_tasks_need_the_same_spaces_and_a_name_that_exists():
-    env = SwitchEnv({"a": Counted(), "wide": (wide := Counted(Wider))})
+    env = SwitchEnv("Tests-v0", {"a": Counted(), "wide": (wide := Counted(Wider))})
     env.reset(seed=0)
-    with pytest.raises(ValueError, match=r"task 'wide' has the space Discrete\(99\) where 'a' has"):
+    with pytest.raises(ValueError, match=r"task 'wide' of Tests-v0 has the space Discrete\(99\)"):
         env.reset(options={"context": "wide"})
     assert wide.closed == 1
-    with pytest.raises(ValueError, match="context 'b' is unknown; choose from a, wide"):
+    with pytest.raises(ValueError, match="context 'b' of Tests-v0 is unknown"):
         env.reset(options={"context": "b"})
 
 
 def test_an_oracle_tells_the_context_and_nothing_else_changes():
-    plain, told = (SwitchEnv({name: Counted() for name in "ab"}, oracle=o) for o in (False, True))
+    plain, told = (
+        SwitchEnv("Tests-v0", {name: Counted() for name in "ab"}, oracle=o) for o in (False, True)
+    )
     for context, one_hot in (("a", [1, 0]), ("b", [0, 1])):
         seen = told.reset(seed=1, options={"context": context})[0]
         assert told.observation_space.contains(seen)

@@ -1,5 +1,7 @@
 """Streams of gymnasium tasks: one set of spaces, contexts that differ, episodes that come again."""
 
+import re
+import subprocess
 import sys
 from functools import cache
 from itertools import combinations
@@ -12,11 +14,12 @@ import pytest
 
 from experiments.config import ConfigError, load_config
 from experiments.config.models import EnvConfig
-from experiments.envs import known, make_envs, open_env
+from experiments.envs import cartpole, known, make_envs, open_env, recipes, slipperyant
 from experiments.envs.build import CAPS
 from experiments.envs.coinrun import STEPS, CoinRunEnv
 from experiments.envs.known import EXTRAS, OWN
 from experiments.envs.packages import _beside, load
+from experiments.envs.specs import SPECS
 from experiments.envs.tasks import NAMES, STREAMS
 from tests.experiments.test_envs_rows import assert_rows_equal, rollout
 
@@ -161,7 +164,7 @@ def test_coinrun_ends_with_the_frame_before_and_says_how():
         image, over, steps = None, False, 0
         while not over:
             before = image
-            image, _, terminated, truncated, _ = env.step(rng.integers(15) if seed == 6 else 4)
+            image, _, terminated, truncated, _ = env.step(int(rng.integers(15)) if seed == 6 else 4)
             over, steps = terminated or truncated, steps + 1
         assert (steps == STEPS) == truncated and image is before
         ends.add((terminated, truncated))
@@ -180,3 +183,29 @@ def test_what_cannot_be_an_extra_says_what_installs_it(monkeypatch: pytest.Monke
     monkeypatch.setattr(known, "find_spec", lambda package: None)
     with pytest.raises(ConfigError, match="pip install --no-deps procgen-mirror gym3 imageio"):
         known.check_env(load_config(None, ["env.id=CoinRun6-v0"]))
+
+
+def test_importing_environments_registers_them_and_opens_nothing():
+    code = f"""
+import sys, gymnasium, experiments.envs
+assert not {{"torch", "minigrid", "experiments.envs.build"}} & set(sys.modules)
+for name in {sorted(OWN.keys() - {"UserPop-v0"})}:
+    gymnasium.spec(name)
+print(gymnasium.make("CartPoleShift-v0").spec.max_episode_steps)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == [str(cartpole.CAP)], done.stderr
+
+
+def test_registered_steps_are_those_of_the_environments():
+    told = {name: spec.max_episode_steps for name, spec in SPECS.items()}
+    assert told[cartpole.ID] == cartpole.CAP and told[recipes.ID] == recipes.STEPS
+    assert told[slipperyant.ID] == slipperyant.STEPS
+    assert told["MiniGrid3-v0"] == told["MiniHack4-v0"] == 100 and told["Atari6-v0"] is None
+
+
+def test_readme_lists_every_context():
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    for name in OWN.keys() - {"UserPop-v0"}:
+        named = re.findall(rf"^\| `{name}` \| (.*?) \|", readme, re.MULTILINE)
+        assert (tuple(re.findall(r"`(\w+)`", named[0])) if named else ()) == OWN[name], name
