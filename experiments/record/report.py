@@ -91,7 +91,7 @@ def draw(facts: Facts) -> "Figure":
     grid = figure.add_gridspec(3, 1, height_ratios=(1.3, 1, 1))
     grid.update(left=0.055, right=0.925, top=0.865, bottom=0.05, hspace=0.38)
     symptoms = any("plasticity/dormant" in row.metrics for row in facts.rows)
-    losses = grid[1].subgridspec(1, 3 if symptoms else 2, wspace=0.42 if symptoms else 0.3)
+    losses = grid[1].subgridspec(1, 3 if symptoms else 2, wspace=0.52 if symptoms else 0.3)
     levels = grid[2].subgridspec(1, 3, wspace=0.52, width_ratios=(1.1, 1, 1))
     draw_title(figure, facts)
     draw_returns(figure.add_subplot(grid[0]), facts)
