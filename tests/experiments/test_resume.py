@@ -30,12 +30,16 @@ LEVELS = "timescales.kind=geometric timescales.base=2 timescales.k=3 timescales.
 MEMORY = "model.memory.kind=gated_delta model.memory.dim=8"
 SHIFT = "env.contexts=[normal,flipped,long]"
 CARTPOLE = "env.id=CartPole-v1 env.contexts=[]"
+TASKS = "env.id=MiniGrid3-v0 env.contexts=[simple,lava,doorkey] env.image_size=16"
 MAIN = f"{SHIFT} {LEVELS} {MEMORY}"
 OTHERS = {
     "laprop": f"{SHIFT} {LEVELS} {MEMORY} timescales.rule.kind=laprop replay.kind=reservoir",
     "chance": f"{SHIFT} timescales.kind=cls_er timescales.plastic_p=0.5 model.memory.kind=none",
+    "ewc": f"{SHIFT} timescales.kind=ewc timescales.n=5 timescales.weight=100 replay.kind=matching "
+    "replay.rollout=8 replay.capacity=32 evaluate.plasticity=true model.memory.kind=none",
     "muon": f"{CARTPOLE} {LEVELS} timescales.rule.kind=muon model.memory.kind=delta",
     "m3": f"{CARTPOLE} {LEVELS} {MEMORY} timescales.rule.kind=m3 model.memory.forget=never",
+    "tasks": f"{TASKS} {LEVELS} {MEMORY}",
 }
 
 
