@@ -9,16 +9,17 @@ from them, so that part of the dynamics learns while it runs.
 is computed before the loop, and the loop keeps only what depends on the previous state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nested import fast as fast_state
-from worldmodel.cell import Draw, Plain, Tape, Weights, advance, enter
+from worldmodel.cell import Draw, Plain, Weights, advance, enter
 from worldmodel.heads import Draws, race, sample, unimix
 from worldmodel.nets import MLP, BlockLinear, Dense, RMSNorm, affine, read_dtype, readable
+from worldmodel.tape import Filter, Tape
 from worldmodel.types import Carry, Latent
 
 Recall = Callable[[Tensor, Tensor, Any], tuple[Tensor | None, Any]]
@@ -106,26 +107,42 @@ class RSSM(nn.Module):
         """
         batch, length = first.shape
         weights, shares = self._hoist()
-        cell = self._cell(weights, tokens)
         keep = (~first).to(tokens.dtype)[..., None]
         embed, bias = self._embed(action * keep, shares)
         layer = self.posterior_net.first.linear
         seen = affine(tokens, layer.weight[..., self.deter :, :], layer.bias)
         noise = race((length, batch, self.stoch, self.classes), generator, 1)
-        rows = zip(*(x.unbind(1) for x in (embed, bias, seen, keep, forget)), noise, strict=True)
-        deter, stoch, fast = carry.latent.deter, carry.latent.stoch, carry.fast
+        if self.memory is None and self._by_hand(tokens):
+            latent = carry.latent.deter, carry.latent.stoch.flatten(1)
+            rows = (bias, seen, keep, noise, self._draw)
+            deter, stoch, probs = Filter.apply(*latent, *rows, *weights)
+            history = fast = carry.fast
+        else:
+            each = (embed, bias, seen, keep, forget, noise.transpose(0, 1))
+            rows = [x.unbind(1) for x in each]
+            cell = self._cell(weights, tokens)
+            (deter, stoch, probs), history, fast = self._by_steps(cell, carry, rows, use)
+        after = Carry(Latent(deter[:, -1], stoch[:, -1]), fast)
+        return Posterior(deter, stoch, probs, history), after
+
+    def _by_steps(
+        self, cell: Plain | Tape, carry: Carry, rows: Sequence[Sequence[Tensor]], use: MemoryUse
+    ) -> tuple[tuple[Tensor, ...], Any, Any]:
+        """A loop over rows of embed, bias, seen, keep, forget and noise; a memory may take part.
+
+        Deter, stoch and its probabilities (B, T, ...), the fast weights after each step, the last.
+        """
+        (deter, stoch), fast = carry.latent, carry.fast
         steps: list[tuple[Tensor, Tensor, Tensor]] = []
         fasts = []
-        for embed_t, bias_t, seen_t, keep_t, forget_t, noise_t in rows:
-            deter, x = cell.enter(deter, stoch.flatten(1), keep_t)
-            recalled, fast = self.recall(use, forget_t)(x, embed_t, fast)
-            deter, stoch, probs = cell.leave(deter, x, recalled, bias_t, seen_t, noise_t)
+        for embed, bias, seen, keep, forget, noise in zip(*rows, strict=True):
+            deter, x = cell.enter(deter, stoch.flatten(1), keep)
+            recalled, fast = self.recall(use, forget)(x, embed, fast)
+            deter, stoch, probs = cell.leave(deter, x, recalled, bias, seen, noise)
             steps.append((deter, stoch, probs))
             fasts.append(fast_state.detach(fast))
         history = fast_state.tree_map(lambda *x: torch.stack(x, 1), *fasts)
-        deters, stochs, all_probs = (torch.stack(x, 1) for x in zip(*steps, strict=True))
-        out = Posterior(deters, stochs, all_probs, history)
-        return out, Carry(Latent(deter, stoch), fast)
+        return tuple(torch.stack(x, 1) for x in zip(*steps, strict=True)), history, fast
 
     def states(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """deter (..., D) and stoch (..., S, C) of a feature (..., F)."""
@@ -198,12 +215,20 @@ class RSSM(nn.Module):
         )
         return weights, action
 
+    @property
+    def _draw(self) -> Draw:
+        return Draw(self.stoch, self.classes, self.mix)
+
     def _cell(self, weights: Weights, like: Tensor) -> Plain | Tape:
+        if self._by_hand(like):
+            return Tape(weights, self._draw, len(like))
+        return Plain(weights, self._draw)
+
+    def _by_hand(self, like: Tensor) -> bool:
         """Nodes by hand where gradients are wanted; they know neither autocast nor torch.func."""
-        draw = Draw(self.stoch, self.classes, self.mix)
         mixed_precision = torch.is_autocast_enabled(like.device.type)
         plain = self.readable or mixed_precision or not torch.is_grad_enabled() or readable(like)
-        return Plain(weights, draw) if plain else Tape(weights, draw)
+        return not plain
 
     def _embed(self, action: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
         """Embedded action (..., hidden) and its part of the mixing layer (..., D)."""

@@ -56,6 +56,16 @@ def make_agent(
     return Dreamer(world, actor, TwoHot(feature, units, 3), scales, horizon=4)
 
 
+def off_start(memory: bool, blocks: int, readable: bool = False) -> RSSM:
+    """Dynamics in float64, with weights off their special initial values."""
+    dynamics = make_agent(memory=memory, blocks=blocks).world.dynamics.double()
+    with torch.no_grad():
+        for parameter in dynamics.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    dynamics.readable = readable
+    return dynamics
+
+
 def make_batch(
     obs: dict[str, ObsSpec] = VECTOR,
     action: ActionSpec = DISCRETE,

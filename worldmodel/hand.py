@@ -1,0 +1,291 @@
+"""The recurrent step by hand: what it keeps for the way back, and the way back.
+
+On a CPU a time loop costs as many small operations as it makes. `enter` and `leave` are the step of
+cell.py. Whatever of their way back holds no gradient is worked out first, as slopes, for one step
+or for all at once; then a step back costs its products and a few multiplications, and the gradients
+of the weights are one product each over all of time. tape.py makes autograd's nodes of this.
+
+Shapes: those of cell.py. R rows are those of one step, B, or of all of them, B * T.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nested import fast
+from worldmodel.cell import Draw, Weights
+from worldmodel.heads import sample, softmax
+from worldmodel.nets import EPSILON, addmm, matmul, outer, sum_rows
+
+aten: Any = torch.ops.aten
+Tree = TypeVar("Tree", bound=tuple[Any, ...])
+
+
+class Normed(NamedTuple):
+    """RMS norm and scale of rows, before a SiLU: (R, ..., n), but the factor (R, ..., 1)."""
+
+    normal: Tensor
+    factor: Tensor  # what the rows were multiplied by
+    scaled: Tensor
+
+
+class Slope(NamedTuple):
+    """The way back through norm, scale and SiLU: dx = along dy + across (beside . dy)."""
+
+    along: Tensor
+    beside: Tensor
+    across: Tensor
+
+
+class Entered(NamedTuple):
+    """What `enter` keeps."""
+
+    deter: Tensor  # (R, D), zero where an episode starts
+    stoch: Tensor  # (R, S * C)
+    embedded: Normed  # (R, 2, h)
+
+
+class Left(NamedTuple):
+    """What `leave` keeps."""
+
+    deter: Tensor  # (R, D)
+    x: Tensor  # (R, 2 h)
+    recalled: Tensor | tuple[()]  # (R, h)
+    mixed: Normed  # (R, D)
+    hidden: Tensor  # (R, D)
+    reset: Tensor  # (R, K, n), and the next three
+    inner: Tensor
+    candidate: Tensor
+    update: Tensor
+    new: Tensor  # (R, D)
+    seen: Normed  # (R, h)
+    read: Tensor  # (R, h)
+    soft: Tensor  # (R, S, C)
+
+
+class Slopes(NamedTuple):
+    """The way back through `leave`, as far as it holds no gradient."""
+
+    mixed: Slope
+    gates: Tensor  # (R, K, 3, n)
+    kept: Tensor  # (R, K, n)
+    seen: Slope
+    soft: Tensor  # (R, S, C)
+
+
+class EnterGrads(NamedTuple):
+    """Gradients that the weights of `enter` are made of."""
+
+    linear: Tensor  # (R, 2, h)
+    x: Tensor  # (R, 2, h)
+
+
+class LeaveGrads(NamedTuple):
+    """Gradients that the weights of `leave` are made of."""
+
+    mixed: Tensor  # (R, D)
+    hidden: Tensor  # (R, D)
+    gates: Tensor  # (R, K, 3 n)
+    seen: Tensor  # (R, h)
+    read: Tensor  # (R, h)
+    logits: Tensor  # (R, S * C)
+
+
+# ---- one step, forward ----------------------------------------------------------------------
+
+
+def spread(w: Weights, rows: int) -> Weights:
+    """w, with scales and the gates' bias (K, 3 n) as they broadcast over so many rows."""
+    n = w.groups
+    bias = w.gates_bias.unflatten(-1, (w.blocks, -1))
+    wide = (w.scale_in, w.mix_scale, w.post_scale, bias)
+    if n:
+        wide = tuple(x.repeat_interleave(rows // n, 0) for x in wide)
+    scale_in, mix_scale, post_scale, bias = wide
+    return w._replace(
+        scale_in=scale_in, mix_scale=mix_scale, post_scale=post_scale, gates_bias=bias
+    )
+
+
+def normed(x: Tensor, scale: Tensor) -> Normed:
+    """x over its root mean square, and times its scale."""
+    factor = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(EPSILON).rsqrt_().unsqueeze(-1)
+    normal = x * factor
+    return Normed(normal, factor, normal * scale)
+
+
+def blocks(w: Weights, x: Tensor) -> Tensor:
+    """x (R, K * n) as (R, K, n)."""
+    return x.view(len(x), w.blocks, -1)
+
+
+def block_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (R, K, in) times K blocks (K, in, out) -> (R, K, out), whose rows may lie apart."""
+    if weight.ndim == 3:
+        return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
+    rows = x.reshape(len(weight), -1, *x.shape[1:]).transpose(1, 2)
+    return torch.matmul(rows, weight).transpose(1, 2).flatten(0, 1)
+
+
+def enter(w: Weights, deter: Tensor, stoch: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Entered]:
+    """As cell.enter."""
+    deter, stoch = deter * keep, stoch * keep
+    linear = addmm(w.deter_bias, deter, w.deter_in), addmm(w.stoch_bias, stoch, w.stoch_in)
+    embedded = normed(torch.stack(linear, 1), w.scale_in)
+    return deter, F.silu(embedded.scaled).flatten(1), Entered(deter, stoch, embedded)
+
+
+def leave(
+    w: Weights,
+    draw: Draw,
+    deter: Tensor,
+    x: Tensor,
+    recalled: Tensor | None,
+    bias: Tensor,
+    tokens: Tensor,
+    noise: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Left]:
+    """As cell.recur, then cell.infer but for the gradient of the draw."""
+    mixed = addmm(bias, x, w.mix_state)
+    blocks(w, mixed).add_(block_product(blocks(w, deter), w.mix_deter))
+    if recalled is not None:
+        mixed = addmm(mixed, recalled, w.mix_memory)
+    mix = normed(mixed, w.mix_scale)
+    hidden = F.silu(mix.scaled)
+    gates = block_product(blocks(w, hidden), w.gates).add_(w.gates_bias)
+    reset, inner, update = gates.unflatten(-1, (3, -1)).unbind(-2)
+    reset, update = reset.sigmoid(), (update - 1).sigmoid_()
+    candidate = torch.tanh(reset * inner)
+    new = torch.empty_like(deter)
+    torch.lerp(blocks(w, deter), candidate, update, out=blocks(w, new))
+    seen = normed(addmm(tokens, new, w.post_deter), w.post_scale)
+    read = F.silu(seen.scaled)
+    logits = addmm(w.post_bias, read, w.post_out)
+    soft = softmax(logits.view(-1, draw.stoch, draw.classes))
+    probs = soft * (1 - draw.mix) + draw.mix / draw.classes if draw.mix else soft
+    gating = (reset, inner, candidate, update)
+    memory = () if recalled is None else recalled
+    left = Left(deter, x, memory, mix, hidden, *gating, new, seen, read, soft)
+    return new, sample(probs, noise), probs, left
+
+
+# ---- one step, backward ---------------------------------------------------------------------
+
+
+def slope(x: Normed, scale: Tensor) -> Slope:
+    """With n = normal, f = factor, s = silu' scale: dx = f (s dy - n mean(n s dy))."""
+    silu = aten.silu_backward(torch.ones_like(x.scaled), x.scaled).mul_(scale)
+    across = x.normal * (x.factor / -x.normal.shape[-1])
+    return Slope(silu * x.factor, silu.mul_(x.normal), across)
+
+
+def slopes(w: Weights, left: Left) -> Slopes:
+    """Those of a step, or of all steps at once; w as `spread` over the same rows."""
+    reset, inner, candidate, update = left.reset, left.inner, left.candidate, left.update
+    through = update * (1 - candidate.square())  # into the candidate's tanh
+    gates = [
+        aten.sigmoid_backward(through * inner, reset),
+        through * reset,
+        aten.sigmoid_backward(candidate - blocks(w, left.deter), update),
+    ]
+    return Slopes(
+        slope(left.mixed, w.mix_scale),
+        torch.stack(gates, 2),
+        1 - update,
+        slope(left.seen, w.post_scale),
+        left.soft,
+    )
+
+
+def down(s: Slope, grad: Tensor) -> Tensor:
+    """Gradient of what was normed from that of what came out of the SiLU."""
+    share = torch.linalg.vecdot(grad, s.beside).unsqueeze(-1)
+    return torch.addcmul(grad * s.along, s.across, share)
+
+
+def leave_back(
+    w: Weights, s: Slopes, g_new: Tensor, g_soft: Tensor
+) -> tuple[Tensor, Tensor, LeaveGrads]:
+    """Gradients of the old deter and of x, from those of the new deter and of the softmax."""
+    g_soft = g_soft * s.soft
+    g_logits = torch.addcmul(g_soft, s.soft, g_soft.sum(-1, keepdim=True), value=-1).flatten(1)
+    g_read = matmul(g_logits, w.post_out.mT)
+    g_seen = down(s.seen, g_read)
+    g_new = blocks(w, addmm(g_new, g_seen, w.post_deter.mT))
+    g_gates = (g_new.unsqueeze(2) * s.gates).flatten(2)
+    g_hidden = block_product(g_gates, w.gates.mT).flatten(1)
+    g_mixed = down(s.mixed, g_hidden)
+    g_deter = block_product(blocks(w, g_mixed), w.mix_deter.mT)
+    g_deter = torch.addcmul(g_deter, g_new, s.kept).flatten(1)
+    grads = LeaveGrads(g_mixed, g_hidden, g_gates, g_seen, g_read, g_logits)
+    return g_deter, matmul(g_mixed, w.mix_state.mT), grads
+
+
+def enter_back(
+    w: Weights, s: Slope, keep: Tensor, g_deter: Tensor, g_x: Tensor
+) -> tuple[Tensor, Tensor, EnterGrads]:
+    """Gradients of deter and stoch as they came in."""
+    g_x = g_x.view(len(g_x), 2, -1)
+    g_linear = down(s, g_x)
+    a, b = g_linear.unbind(1)
+    g_deter = addmm(g_deter, a, w.deter_in.mT).mul_(keep)
+    return g_deter, matmul(b, w.stoch_in.mT).mul_(keep), EnterGrads(g_linear, g_x)
+
+
+# ---- all steps ------------------------------------------------------------------------------
+
+
+def joined(steps: Sequence[Tree]) -> Tree:
+    """What steps kept, (B, ...) each, as one: (B * T, ...), the rows of a group together."""
+    return fast.tree_map(lambda *x: torch.stack(x, 1).flatten(0, 1), *steps)
+
+
+def parted(whole: Tree, steps: int) -> list[Tree]:
+    """The inverse of `joined`."""
+    spaced = fast.tree_map(lambda x: x.unflatten(0, (-1, steps)), whole)
+
+    def one(t: int) -> Tree:
+        return fast.tree_map(lambda x: x.select(1, t), spaced)
+
+    return [one(t) for t in range(steps)]
+
+
+def weight_grads(
+    w: Weights, entered: Entered, left: Left, e: EnterGrads, g: LeaveGrads
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the weights, in their order, from all steps joined."""
+    n, (a, b) = w.groups, e.linear.unbind(1)
+    bias = sum_rows(g.gates.flatten(1), n)
+    return (
+        outer(entered.deter, a, n),
+        sum_rows(a, n),
+        outer(entered.stoch, b, n),
+        sum_rows(b, n),
+        scale_grad(entered.embedded, e.x, n),
+        outer(left.x, g.mixed, n),
+        block_outer(blocks(w, left.deter), blocks(w, g.mixed), n),
+        None if isinstance(left.recalled, tuple) else outer(left.recalled, g.mixed, n),
+        scale_grad(left.mixed, g.hidden, n),
+        block_outer(blocks(w, left.hidden), g.gates, n),
+        bias,
+        outer(left.new, g.seen, n),
+        scale_grad(left.seen, g.read, n),
+        outer(left.read, g.logits, n),
+        sum_rows(g.logits, n),
+    )
+
+
+def scale_grad(x: Normed, grad: Tensor, groups: int) -> Tensor:
+    """Gradient of a norm's scale from that of what came out of the SiLU."""
+    return sum_rows(aten.silu_backward(grad, x.scaled).mul_(x.normal), groups)
+
+
+def block_outer(x: Tensor, grad: Tensor, groups: int) -> Tensor:
+    """Gradient (K, in, out) of the weight of `block_product`, from x and grad (R, K, .)."""
+    parts = max(groups, 1)
+    rows = x.view(parts, -1, *x.shape[1:]).permute(0, 2, 3, 1)
+    product = torch.matmul(rows, grad.view(parts, -1, *grad.shape[1:]).transpose(1, 2))
+    return product if groups else product[0]
