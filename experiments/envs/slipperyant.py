@@ -2,7 +2,7 @@
 
 After the non-stationary ant of Dohare et al. (Loss of plasticity in deep continual learning, Nature
 632, 2024): there the friction changes abruptly every 2 million steps (its figure 3), and the code
-gives the range [0.02, 2], sets the sliding friction of every geom, and waits for an episode's end.
+has the range [0.02, 2], sets the sliding friction of every geom, and waits for an episode's end.
 Ours: Ant-v5 in place of gym's Ant-v3, the names of contexts, the law of the draws (log-uniform:
 theirs come from a file of numbers), and phases that start at multiples of `every`.
 """
@@ -98,8 +98,9 @@ class SlipperyAntEnv(gymnasium.Env):
     """105 numbers, 8 torques; reward and ends are Ant-v5's, whose options it takes.
 
     every: environment steps after which friction is redrawn; 0 leaves it to the named contexts.
-    schedule: the seed of those draws. oracle: observe what is hidden, as `context`: one-hot, or
-    with `every` one number.
+    schedule: the seed of those draws, the same for all slots of a run, which count their own steps;
+    an evaluation lives anew, on the first draw's ground. oracle: observe what is hidden, as
+    `context`: one-hot, or with `every` one number.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012  gymnasium's own

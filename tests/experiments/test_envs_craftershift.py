@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gymnasium.utils.env_checker import check_env as check
 
 from experiments.config import ConfigError, load_config
 from experiments.config.models import EnvConfig
@@ -131,6 +132,10 @@ def test_a_context_stays_until_another_is_named():
         ValueError, match=r"'tool' of CrafterShift-v0 is unknown; choose from \['nor"
     ):
         env.reset(seed=3, options={"context": "tool"})
+
+
+def test_gymnasium_finds_no_fault():
+    check(CrafterShiftEnv(oracle=True, **SMALL), skip_render_check=True)
 
 
 def test_worlds_without_a_seed_follow_from_the_last_one():
