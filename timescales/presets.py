@@ -184,9 +184,10 @@ def online_ewc(
     after Kirkpatrick et al. 2017). Under SGD of rate lr the parameters that match `anchored` take
     the step of `lam / 2 fisher (w - anchor)^2`, with `strength = lr lam`, as `Weighted` says.
 
-    Other than published: gradients are those of whole batches and not of single examples, windows
-    stand for tasks, and the penalty's step is implicit and decoupled from the rule. The level
-    `fisher` holds `1 - decay` times the sum above, as a running mean.
+    Other than published: squared are the gradients of whole batches along the window, not those of
+    single examples at its end; windows stand for tasks; and the penalty's step is implicit and
+    decoupled from the rule. The level `fisher` holds `1 - decay` times the sum above, as a running
+    mean.
     """
     by = Weighted("fisher", strength / (1.0 - decay))
     free = [] if anchored == ALL else [Level("free", match=REST, flow=Descend(rule))]

@@ -302,8 +302,9 @@ class L2Init(Kind):
 class Ewc(Kind):
     """Online EWC: world model and actor stay near where they were, by importance (1805.06370).
 
-    Nobody tells where a task ends, so every n updates count as one. Importance is what the
-    gradients of whole batches squared say, not those of single examples; the critic is free.
+    Nobody tells where a task ends, so every n updates count as one. Importance is what squared
+    gradients of whole batches along these say, not of single examples at their end; the critic is
+    free.
     """
 
     kind: Literal["ewc"] = "ewc"
