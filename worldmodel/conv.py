@@ -18,7 +18,7 @@ from worldmodel.nets import exact_on_cpu, init_weight, readable
 
 Kind = Literal["faithful", "strided"]
 SIDE = {"faithful": 5, "strided": 4}
-SMALL = 1 << 12  # pixels of images whose patches are gathered sooner than a library begins
+SMALL = 1 << 14  # numbers of images whose patches are gathered sooner than a library begins
 
 # Which taps of a kernel (last axis) meet which low-resolution neighbour (middle axis: before, at,
 # after), for the first and the second of the two pixels that one becomes (first axis). A faithful
@@ -95,7 +95,7 @@ def halved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     and multiplied where no gradient is wanted.
     """
     n, height, width, _ = x.shape
-    if n * height * width > SMALL or torch.is_grad_enabled() or x.device.type != "cpu":
+    if x.numel() >= SMALL or torch.is_grad_enabled() or x.device.type != "cpu":
         return F.conv2d(nchw(x), weight, bias, stride=2, padding=1).permute(0, 2, 3, 1)
     padded = F.pad(x, (0, 0, 1, 1, 1, 1))
     image, row, pixel, _ = padded.stride()
