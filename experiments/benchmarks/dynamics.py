@@ -22,6 +22,7 @@ import torch
 from experiments.benchmarks.recorded import dynamics_page
 from experiments.benchmarks.recorded.dynamics_cells import (
     FULL,
+    SETTLED,
     SIZES,
     VARIANTS,
     Cell,
@@ -38,7 +39,7 @@ STEPS = (1, 2, 4, 8, 16, 64)
 FEW = 4  # sampling steps of a frame that is imagined in use
 CASCADE = ("v", "shortcut", "x", "x-loss", FULL)
 BARE = "no-shortcut"
-LABELS = ("labels-0", "labels-10", FULL)
+LABELS = ("no-actions", "some-actions", SETTLED)
 MEASURES = ("psnr", "mse", "frechet", "ms")
 Key = tuple[str, int]  # a variant, in so many steps
 Found = dict[Key, dict[str, np.ndarray]]  # measure -> (seeds, horizon) or (seeds,)
@@ -52,7 +53,7 @@ def keys_of(part: str, size: Size) -> list[Key]:
     return {
         "ablation": [*((name, FEW) for name in CASCADE), ("v", size.k_max)],
         "steps": [(name, k) for name in (FULL, BARE) for k in steps],
-        "labels": [(name, FEW) for name in LABELS],
+        "labels": [(name, FEW) for name in (*LABELS, FULL)],
     }[part]
 
 
@@ -68,7 +69,10 @@ def pairs_of(part: str, size: Size) -> list[Pair]:
             (few, (CASCADE[0], size.k_max)),
         ],
         "steps": [(few, whole), ((BARE, FEW), (BARE, size.k_max)), (few, (BARE, FEW))],
-        "labels": [((name, FEW), (LABELS[0], FEW)) for name in LABELS[1:]],
+        "labels": [
+            *(((name, FEW), (LABELS[0], FEW)) for name in LABELS[1:]),
+            ((SETTLED, FEW), few),
+        ],
     }[part]
 
 

@@ -69,6 +69,10 @@ class DataConfig(Frozen):
         description="share of episodes whose actions are known; the others are seen as video, "
         "without their rewards and terminals too; those held out stay as they are",
     )
+    favour: Rate = Field(
+        default=0.0,
+        description="share of the rows of a batch that come from episodes with actions alone",
+    )
 
 
 class TokenizerConfig(Frozen):

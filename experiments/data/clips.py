@@ -169,6 +169,7 @@ class Clips:
         self.lengths = np.array([episode.length for episode in self.episodes])
         self._ends = self.lengths.cumsum()
         self.frames = int(self._ends[-1])
+        self._favoured, self._share = self, 0.0
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
@@ -225,6 +226,18 @@ class Clips:
         order = np.sort(np.argsort(-returns, kind="stable")[:count])
         return type(self)(self.spec, [known[i] for i in order], self.columns)
 
+    def favour(self, share: float) -> Self:
+        """The same episodes; `packed` draws so many of its rows from labelled ones alone.
+
+        The others are drawn as ever, so labelled ones come in them too. Nothing changes for a share
+        of zero, or where no episode is labelled.
+        """
+        made = type(self)(self.spec, self.episodes, self.columns)
+        known = [e for e in self.episodes if e.labelled]
+        if known:
+            made._favoured, made._share = type(self)(self.spec, known, self.columns), share
+        return made
+
     def read(self, episode: Episode, start: int, length: int) -> Arrays:
         """Rows of an episode, as views of the mapped files; fewer where it ends before.
 
@@ -256,7 +269,9 @@ class Clips:
 
         Only `first` rows follow the end of an episode, so whoever heeds them never looks across.
         """
-        return stack([self._row(length, rng) for _ in range(batch)])
+        favoured = round(self._share * batch)
+        drawn = [*[self] * (batch - favoured), *[self._favoured] * favoured]
+        return stack([clips._row(length, rng) for clips in drawn])
 
     def _row(self, length: int, rng: np.random.Generator) -> list[Arrays]:
         frame = int(rng.integers(self.frames))

@@ -94,7 +94,8 @@ class Lessons:
     def _share(self, clips: Clips) -> None:
         """What is learned from, what is held out, and what is worth imitating."""
         data, self.held = clips.split(self.config.data.held)
-        self.data = labelled(data, self.config.data.labelled, self.labels)
+        known = labelled(data, self.config.data.labelled, self.labels)
+        self.data = known.favour(self.config.data.favour)
         self.best = self.data.best(self.config.data.best)
 
     def _encoded(self, clips: Clips, path: Path, tokenizer: Tokenizer) -> Clips:

@@ -66,6 +66,23 @@ def test_packed_rows_cross_only_into_first_rows(clips: Clips):
     }
 
 
+def test_rows_may_favour_labelled_episodes(clips: Clips):
+    marked = [e._replace(labelled=i == 1) for i, e in enumerate(clips.episodes)]
+    half = Clips(clips.spec, marked, clips.columns)
+
+    def drawn(which: Clips) -> dict[str, np.ndarray]:
+        return which.packed(8, 4, np.random.default_rng(0))
+
+    found = drawn(half.favour(0.5))["labelled"]
+    assert found[4:].all() and not found[:4].all()
+    everywhere = half.packed(4, 4, np.random.default_rng(0))["labelled"]
+    assert np.array_equal(found[:4], everywhere)  # the others are drawn as ever
+    unknown = Clips(clips.spec, [e._replace(labelled=False) for e in marked], clips.columns)
+    for same, plain in ((half.favour(0.0), half), (unknown.favour(1.0), unknown)):
+        pairs = zip(drawn(same).items(), drawn(plain).items(), strict=True)
+        assert all(a == c and np.array_equal(b, d) for (a, b), (c, d) in pairs)
+
+
 def test_held_out_and_best_episodes(clips: Clips):
     kept, held = clips.split(2)
     assert [e.length for e in kept.episodes] == [5, 7] and held.frames == 5

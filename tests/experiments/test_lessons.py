@@ -47,6 +47,13 @@ def test_which_episodes_are_labelled_is_drawn_once(room: Path):
     assert sum(episode.labelled for episode in few) == 1
 
 
+def test_rows_of_labelled_episodes_can_be_favoured(room: Path):
+    fields = ("data.labelled=0.2", "seed=1")
+    lessons = [lessons_of(configure(room, *fields, f"data.favour={x}"), f"{x}") for x in (0, 0.75)]
+    shares = [one.data.packed(64, 6, np.random.default_rng(0))["labelled"] for one in lessons]
+    assert shares[0].mean() < 0.5 and shares[1][16:].all()
+
+
 def test_episodes_that_were_never_labelled_stay_so(room: Path):
     clips = Clips.open(room)
     clips.episodes[1:] = [episode._replace(labelled=False) for episode in clips.episodes[1:]]

@@ -89,17 +89,23 @@ SIZES = {
 
 
 class Variant(NamedTuple):
-    """A make of dynamics; labels: share of the episodes whose actions it knows."""
+    """A make of dynamics, and what it learns from.
+
+    settled: share of frames as clear as a context; labels: share of the episodes whose actions it
+    knows; favour: share of the rows of a batch that come from those alone.
+    """
 
     about: str
     prediction: Literal["x", "v"] = "x"
     loss: Literal["x", "v"] = "x"
     weight: Literal["ramp", "flat"] = "ramp"
     bootstrap: float = 0.25
+    settled: float = 0.0
     labels: float = 1.0
+    favour: float = 0.0
 
 
-FULL = "ramp"
+FULL, SETTLED = "ramp", "settled"
 VARIANTS = {
     "v": Variant("v, flat, no shortcut", "v", "v", "flat", 0.0),
     "shortcut": Variant("+ shortcut", "v", "v", "flat"),
@@ -107,8 +113,9 @@ VARIANTS = {
     "x-loss": Variant("+ x-loss", "x", "x", "flat"),
     FULL: Variant("full (+ ramp)"),
     "no-shortcut": Variant("full, no shortcuts", bootstrap=0.0),
-    "labels-0": Variant("full, no actions", labels=0.0),
-    "labels-10": Variant("full, 10 % of actions", labels=0.1),
+    SETTLED: Variant("full, half of the frames clear", settled=0.5),
+    "no-actions": Variant("the same, no actions", settled=0.5, labels=0.0),
+    "some-actions": Variant("the same, 10 % of actions", settled=0.5, labels=0.1, favour=0.9),
 }
 
 
@@ -268,6 +275,7 @@ def make(world: World, variant: Variant, seed: int) -> ShortcutDynamics:
             k_max=size.k_max,
             bootstrap=variant.bootstrap,
             apart=size.apart,
+            settled=variant.settled,
             prediction=variant.prediction,
             loss=variant.loss,
             weight=variant.weight,
@@ -281,6 +289,7 @@ def trained(world: World, name: str, seed: int) -> ShortcutDynamics:
     if not path.with_suffix(".json").exists():
         path.parent.mkdir(exist_ok=True)
         data = partly(world.train, variant.labels, np.random.default_rng([seed, 3]))
+        data = data.favour(variant.favour)
         rng, generator = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed)
 
         def losses(update: int) -> dict[str, Tensor]:
