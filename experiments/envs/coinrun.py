@@ -17,20 +17,39 @@ CAP = 10.0  # for the coin, which ends the episode
 STEPS = 1000  # after which Procgen ends an episode
 LEVELS = 2**31 - 1  # of which the engine takes the seed
 ACTIONS = 15
+MODES = ("easy", "hard")  # how hard levels are
 
 
 class CoinRunEnv(gymnasium.Env):
     """Images (64, 64, 3) uint8, 15 actions; the coin or a fall terminates, 1000 steps truncate.
 
-    Options are Procgen's: use_backgrounds, restrict_themes, use_generated_assets,
-    use_monochrome_assets, center_agent, distribution_mode ("hard" unless given), paint_vel_info.
-    The last frame of an episode is lost in Procgen: it is that before it, once more.
+    Options are Procgen's. The last frame of an episode is lost there: here it is that before it.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012  gymnasium's own convention
 
-    def __init__(self, render_mode: str = "rgb_array", **options: Any):
-        self.render_mode, self.options = render_mode, options
+    def __init__(
+        self,
+        use_backgrounds: bool = True,
+        restrict_themes: bool = False,
+        use_generated_assets: bool = False,
+        use_monochrome_assets: bool = False,
+        center_agent: bool = True,
+        distribution_mode: str = "hard",
+        render_mode: str = "rgb_array",
+    ):
+        if distribution_mode not in MODES:
+            told = f"distribution_mode={distribution_mode!r} of {ID}"
+            raise ValueError(f"{told} is unknown; choose from {', '.join(MODES)}")
+        self.render_mode = render_mode
+        self.options = {
+            "use_backgrounds": use_backgrounds,
+            "restrict_themes": restrict_themes,
+            "use_generated_assets": use_generated_assets,
+            "use_monochrome_assets": use_monochrome_assets,
+            "center_agent": center_agent,
+            "distribution_mode": distribution_mode,
+        }
         self.observation_space = spaces.Box(0, 255, (64, 64, 3), np.uint8)
         self.action_space = spaces.Discrete(ACTIONS)
         self.steps = 0
@@ -42,15 +61,8 @@ class CoinRunEnv(gymnasium.Env):
         super().reset(seed=seed)
         level = int(self.np_random.integers(LEVELS)) if seed is None else seed % LEVELS
         self.close()
-        self._engine = self._make(
-            num=1,
-            env_name="coinrun",
-            num_levels=1,
-            start_level=level,
-            rand_seed=level,
-            num_threads=0,
-            **self.options,
-        )
+        only = {"num_levels": 1, "start_level": level, "rand_seed": level}
+        self._engine = self._make(1, "coinrun", num_threads=0, **only, **self.options)
         self.steps = 0
         self.image = self._observe()[1]
         return self.image, {"level": level}

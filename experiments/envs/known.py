@@ -37,6 +37,10 @@ TAKES: dict[str, dict[str, type]] = {
         **{"oracle": bool, "every": int, "schedule": int},
         **{"include_cfrc_ext_in_observation": bool, "terminate_when_unhealthy": bool},
     },
+    "CoinRun-v0": {
+        **{"use_backgrounds": bool, "restrict_themes": bool, "use_generated_assets": bool},
+        **{"use_monochrome_assets": bool, "center_agent": bool, "distribution_mode": str},
+    },
     "Recipes-v0": {"size": int},
 }
 # The range of each of them that has one.

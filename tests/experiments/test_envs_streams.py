@@ -1,5 +1,6 @@
 """Streams of gymnasium tasks: one set of spaces, contexts that differ, episodes that come again."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -11,13 +12,14 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium.utils.env_checker import check_env
 
 from experiments.config import ConfigError, load_config
 from experiments.config.models import EnvConfig
 from experiments.envs import cartpole, known, make_envs, open_env, recipes, slipperyant
 from experiments.envs.build import CAPS
-from experiments.envs.coinrun import STEPS, CoinRunEnv
-from experiments.envs.known import EXTRAS, OWN
+from experiments.envs.coinrun import MODES, STEPS, CoinRunEnv
+from experiments.envs.known import EXTRAS, OWN, TAKES
 from experiments.envs.packages import _beside, load
 from experiments.envs.specs import SPECS
 from experiments.envs.tasks import NAMES, STREAMS
@@ -115,6 +117,7 @@ def test_a_restored_slot_goes_on_in_its_context(name: str):
 def test_gymnasium_makes_it_and_an_oracle_tells_the_context(name: str):
     opened(name)
     env = gymnasium.make(name, oracle=True)
+    check_env(env.unwrapped, skip_render_check=True)
     for i, context in enumerate(OWN[name][:2]):
         obs, _ = env.reset(seed=0, options={"context": context})
         assert env.observation_space.contains(obs)
@@ -169,6 +172,24 @@ def test_coinrun_ends_with_the_frame_before_and_says_how():
         assert (steps == STEPS) == truncated and image is before
         ends.add((terminated, truncated))
     assert ends == {(True, False), (False, True)}
+    env.close()
+
+
+def test_coinrun_takes_procgens_options_and_no_others():
+    opened("CoinRun6-v0")
+    takes = set(inspect.signature(CoinRunEnv).parameters) - {"render_mode"}
+    assert takes == TAKES["CoinRun-v0"].keys() == CoinRunEnv().options.keys()
+    with pytest.raises(ValueError, match="'medium' of CoinRun-v0 is unknown; choose from easy"):
+        CoinRunEnv(distribution_mode="medium")
+    easy, hard = (CoinRunEnv(distribution_mode=mode).reset(seed=1)[0] for mode in MODES)
+    assert not np.array_equal(easy, hard)
+
+
+def test_other_tasks_of_minihack_are_pixels_too():
+    opened("MiniHack4-v0")
+    known.check_env(load_config(None, ["env.id=MiniHack-Corridor-R2-v0"]))
+    env = open_env("MiniHack-Corridor-R2-v0")
+    assert env.reset(seed=0)[0]["image"].shape == (84, 84, 3)
     env.close()
 
 
