@@ -146,7 +146,7 @@ class CrafterShiftEnv(gymnasium.Env):
 
     def _enter(self, context: str) -> CrafterEnv:
         if context not in self._worlds:
-            self._worlds[context] = CrafterEnv(package=package(context), **self._kwargs)
+            self._worlds[context] = CrafterEnv(package=package(context), seed=0, **self._kwargs)
         return self._worlds[context]
 
     def _seen(self, obs: np.ndarray) -> Any:
