@@ -66,6 +66,12 @@ class Family(NamedTuple):
     fields: Mapping[str, Any]  # the options of a cell, with their defaults; JSON values
     check: Callable[[Cell], None]  # raises ConfigError for a cell that cannot run
     run: Run
+    only: Mapping[str, Sequence[str]] = MappingProxyType({})  # fields that few methods have
+
+    def options(self, method: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a method's cell: the defaults with changes, of the fields that it has."""
+        whole = {**self.fields, **changes}
+        return {name: v for name, v in whole.items() if method in self.only.get(name, (method,))}
 
 
 def described(cell: Cell) -> dict[str, Any]:

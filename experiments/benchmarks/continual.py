@@ -1,4 +1,4 @@
-"""What is learned, kept and lost: `nested bench continual --tier smoke|laptop|table|overnight`.
+"""What is learned, kept and lost: `nested bench continual --tier smoke|laptop|table|...`.
 
 Streams of tasks, methods and controls, several seeds: R after every task, forgetting, transfer,
 plasticity and cost, with intervals; comparisons are paired by seed. A suite that is killed goes on
@@ -20,7 +20,7 @@ import torch
 from experiments.benchmarks.cells import Cell, Family, Result, collect, run_cells, there
 from experiments.benchmarks.names import names_in
 from experiments.benchmarks.results import page_of, put
-from experiments.benchmarks.tasks import agent_cells
+from experiments.benchmarks.tasks import agent_cells, agent_free
 from experiments.benchmarks.tasks.agent_methods import AGENT_METHODS
 from experiments.benchmarks.tasks.agent_streams import STREAMS
 from experiments.benchmarks.tasks.agent_units import FRESH, RANDOM, in_units
@@ -52,10 +52,14 @@ class Tier(NamedTuple):
 # Who runs the cells of a stream. Other kinds of streams add themselves here and to TIERS.
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(NAMES, SUPERVISED),
-    **{name: agent_cells.family(stream) for name, stream in STREAMS.items()},
+    **{
+        name: (agent_cells if stream.change == "tasks" else agent_free).family(stream)
+        for name, stream in STREAMS.items()
+    },
 }
 
-DIGITS, SLOW, STREAM = "cl/PermutedDigits-v0", "cl/SlowRegression-v0", "cl/CartPoleShift-v0"
+DIGITS, SLOW = "cl/PermutedDigits-v0", "cl/SlowRegression-v0"
+STREAM, FREE = "cl/CartPoleShift-v0", "cl/CartPoleFree-v0"
 DEEP = tuple(name for name in METHODS if name != "k2")
 SHALLOW = ("plain", "k2", "l2_init", "shrink_perturb", "redo", "cbp", "hare_tortoise", "fresh")
 ONE_LAYER = {"hidden": [5], "batch": 1, "lr": 0.01, "redo_every": 500}
@@ -67,6 +71,7 @@ SUPERVISED_PLANS = (
     Plan("cl/MNIST5k-v0", DEEP, 20, {"samples": 4000, "lr": 0.05}),
     Plan(SLOW, SHALLOW, 30, {"tasks": 20, "samples": 2000, **ONE_LAYER}),
 )
+SCHEDULED = ("plain", "k3", "k3_rates", "k5", "k5_rates", "accumulate")
 TABLE = (
     "fifo", "reservoir", "plain", "k3", "k3_rates", "accumulate", "k5", "k5_rates", "plain_fast",
     "k3_fast", "k5_fast",
@@ -116,6 +121,18 @@ TIERS = {
         (*SUPERVISED_PLANS, Plan(STREAM, tuple(AGENT_METHODS), 10, {"again": "flipped"})),
         (*KNOWN, (STREAM, "fifo", "ALA", 0.3)),
     ),
+    "free": Tier(
+        "contexts that change unannounced: CartPole on two cores, only what is lived counts",
+        (Plan(FREE, ("fifo", "reservoir", *SCHEDULED, "fresh"), 10, {"replay": "mixed"}),),
+    ),
+    "published": Tier(
+        "protocols of the literature at full size, plain with their reservoir: a GPU, for days",
+        tuple(
+            Plan(name, ("fifo", "mixed", *SCHEDULED, *(["fresh"] * bool(stream.contexts))), 10, {})
+            for name, stream in STREAMS.items()
+            if "size" in stream.fields
+        ),
+    ),
 }  # fmt: skip
 
 
@@ -136,12 +153,12 @@ def cells_of(asked: argparse.Namespace) -> list[Cell]:
     cells = []
     for plan, family in zip(plans, families, strict=True):
         own = {name: value for name, value in changes.items() if name in family.fields}
-        options = {**family.fields, **plan.changes, **own}
         seeds = tuple(range(plan.seeds if asked.seeds is None else asked.seeds))
         kept = [name for name in methods if name in family.methods] if methods else plan.methods
         if FRESH in kept and RANDOM in family.methods:  # scores lie between the two
             kept = dict.fromkeys([RANDOM, *kept])
-        cells += [Cell(plan.stream, name, seeds, options) for name in kept]
+        changed = {**plan.changes, **own}
+        cells += [Cell(plan.stream, k, seeds, family.options(k, changed)) for k in kept]
     for cell in cells:
         FAMILIES[cell.stream].check(cell)
     return cells

@@ -15,6 +15,7 @@ import numpy as np
 LEAST = 1e-2  # least denominator of a forward transfer
 
 Norm = Literal["ref", "kessler", "none"]
+NORMS: tuple[Norm, ...] = ("ref", "kessler", "none")
 
 
 # ---- of R --------------------------------------------------------------------------------------

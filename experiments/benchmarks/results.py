@@ -25,8 +25,11 @@ SHOWN = {
     "again/savings": "savings",
     "again/frames_to_learn": "frames, again",
     "dormant": "dormant",
+    "plasticity/dormant": "dormant",
+    "again/AP_final": "AP_final, again",
 }
-LEFT_OUT = ("tasks", "again", "hidden")  # of the options that are listed
+FREE = {**SHOWN, "dynamic_regret": "regret"}  # of a stream without tasks
+LEFT_OUT = ("tasks", "phases", "again", "hidden")  # of the options that are listed
 
 
 def page_of(
@@ -45,6 +48,8 @@ def page_of(
         missing = [cell.method for cell in cells if cell.key not in results]
         if missing:
             lines += ["", f"**Not run yet:** {', '.join(missing)}."]
+        if "unit" in summary.get(stream, {}):
+            lines += ["", f"Scores: {summary[stream]['unit']}."]
         if stream in summary:
             lines += ["", *measured(summary[stream]), *differences(summary[stream])]
             if set(SCHEDULES) & {cell.method for cell in cells}:
@@ -57,21 +62,30 @@ def described(cell: Cell) -> str:
     shown = (f"{k}={v}" for k, v in cell.options.items() if k not in LEFT_OUT and v != "")
     again = cell.options.get("again")
     back = f", then `{again}` again" if again else ""
-    head = f"{len(cell.seeds)} seeds, {cell.options['tasks']} tasks{back}."
+    tasks, phases = cell.options.get("tasks", "no"), cell.options.get("phases")
+    what = f"{tasks} contexts in {phases} phases that are drawn" if phases else f"{tasks} tasks"
+    head = f"{len(cell.seeds)} seeds, {what}{back}."
     return f"{head} Means over seeds with 95 % bootstrap intervals. `{' '.join(shown)}`"
 
 
 def measured(found: Mapping[str, Any]) -> list[str]:
     """A row for each method: metrics and costs."""
     methods = found["methods"]
-    names = [name for name in SHOWN if any(name in row["metrics"] for row in methods.values())]
+    heads = heads_of(row["metrics"] for row in methods.values())
     costs = ("core-s a seed", "core us a row", "MFLOP a row", "KB a row")
     rows = [
-        [f"`{method}`", *(cell_of(name, row["metrics"].get(name)) for name in names),
+        [f"`{method}`", *(cell_of(name, row["metrics"].get(name)) for name in heads),
          *costs_of(row["cost"], len(found["seeds"]))]
         for method, row in methods.items()
     ]  # fmt: skip
-    return tabled(["method", *(SHOWN[name] for name in names), *costs], rows)
+    return tabled(["method", *heads.values(), *costs], rows)
+
+
+def heads_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The columns of metrics that are there, as metric: head."""
+    there = {name for row in rows for name in row}
+    shown = SHOWN if "ALA" in there else FREE
+    return {name: head for name, head in shown.items() if name in there}
 
 
 def costs_of(cost: Mapping[str, Any], seeds: int) -> list[str]:
@@ -89,13 +103,13 @@ def differences(found: Mapping[str, Any]) -> list[str]:
     pairs = found["pairs"]
     if not pairs:
         return []
-    names = [name for name in SHOWN if any(name in row for row in pairs.values())]
+    heads = heads_of(pairs.values())
     rows = [
-        [f"`{pair}`", *(cell_of(name, row.get(name), True) for name in names)]
+        [f"`{pair}`", *(cell_of(name, row.get(name), True) for name in heads)]
         for pair, row in pairs.items()
     ]
     return ["", "Differences, paired by seed:", "",
-            *tabled(["difference", *(SHOWN[name] for name in names)], rows)]  # fmt: skip
+            *tabled(["difference", *heads.values()], rows)]  # fmt: skip
 
 
 def verdict(found: Mapping[str, Any]) -> str:
@@ -105,6 +119,12 @@ def verdict(found: Mapping[str, Any]) -> str:
     judged = {name: own for name, own in whole.items() if set(own) <= set(pairs)}
     if not judged:
         return "No schedule stands beside both its controls yet."
+    if not any("F" in row for row in pairs.values()):
+        lives = [name for name, own in judged.items() if beats(pairs, own, "online", 1)]
+        return (
+            f"Of {listed(list(judged))}, live better than both controls (online) with an interval "
+            f"that leaves out zero: {listed(lives)}."
+        )
     forgets = [name for name, own in judged.items() if beats(pairs, own, "F", -1)]
     keeps = [name for name in forgets if not beats(pairs, judged[name], "ALA", -1, any)]
     learns = [name for name, own in judged.items() if beats(pairs, own, "again/auc", 1)]

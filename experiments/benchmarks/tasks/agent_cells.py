@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments.benchmarks.cells import Cell, Family, Result, Tell
 from experiments.benchmarks.tasks.agent_costs import Clock, costs
-from experiments.benchmarks.tasks.agent_methods import AGENT_METHODS
+from experiments.benchmarks.tasks.agent_methods import AGENT_METHODS, ONLY
 from experiments.benchmarks.tasks.agent_scores import RAW, result_of
 from experiments.benchmarks.tasks.agent_streams import STREAMS, AgentStream, configured
 from experiments.benchmarks.tasks.agent_units import RANDOM, played
@@ -164,10 +164,11 @@ def part_of(rows: Sequence[Row], config: Config, stream: AgentStream) -> Part:
     length = config.frames // phases
     parts = [[r for r in rows if i * length < r.step <= (i + 1) * length] for i in range(phases)]
     online = np.array([[online_of(part, length, config, stream) for part in parts]])
-    last = [{k: v for r in part for k, v in r.metrics.items() if SYMPTOM in k} for part in parts]
-    symptoms = {
-        name.removeprefix(SYMPTOM): np.array([[found[name] for found in last]]) for name in last[0]
-    }
+    last = [
+        {k: v for r in part for k, v in r.metrics.items() if k.startswith(SYMPTOM)}
+        for part in parts
+    ]
+    symptoms = {name: np.array([[found[name] for found in last]]) for name in last[0]}
     return Part(course[None], online, updates_of(rows), symptoms)
 
 
@@ -208,4 +209,4 @@ def family(stream: AgentStream) -> Family:
     methods = {name: method.line for name, method in AGENT_METHODS.items()}
     if stream.cap is None:
         methods[RANDOM] = "uniform actions, which never learn: the zero of scores"
-    return Family(methods, stream.fields, check, run)
+    return Family(methods, stream.fields, check, run, ONLY)

@@ -35,6 +35,12 @@ FIELDS: dict[str, Any] = {
     "rollout": 64,  # frames that `matching` keeps or drops together
 }
 
+# Fields of single methods: options of their cells alone, so that cells of others stay the same.
+ONLY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("ewc", "anchor_every", "gamma"), ("ewc",)),
+    "rollout": ("matching",),
+}
+
 Options = Mapping[str, Any]
 Change = Callable[[Options], Sequence[str]]  # the options of a cell as `field=value` of a run
 

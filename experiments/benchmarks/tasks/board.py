@@ -67,9 +67,10 @@ class Board(Screen):
 
 def figures(result: Result) -> list[str]:
     """The means over seeds that are shown."""
-    found = metrics.of_scores(result.scores)
-    found["online"] = result.by_task["online"].mean(1)
-    return [f"{found[name].mean():.3f}" for name in SHOWN]
+    found = metrics.of_scores(result.scores) | dict(result.by_seed)
+    if result.scores.shape[2]:
+        found["online"] = result.by_task["online"].mean(1)
+    return [f"{found[name].mean():.3f}" if name in found else "-" for name in SHOWN]
 
 
 # ---- the result as text ------------------------------------------------------------------------
@@ -78,9 +79,15 @@ def table(summary: Mapping[str, Any]) -> str:
     parts = [
         part
         for stream, found in summary.items()
-        for part in (f"\n{stream}, {len(found['seeds'])} seeds", _metrics(found), _pairs(found))
+        for part in (f"\n{stream}, {_described(found)}", _metrics(found), _pairs(found))
     ]
     return "\n".join(parts).strip()
+
+
+def _described(found: Mapping[str, Any]) -> str:
+    """How many seeds, and the unit of scores that are no share of a cap."""
+    seeds = f"{len(found['seeds'])} seeds"
+    return f"{seeds}; scores: {found['unit']}" if "unit" in found else seeds
 
 
 def _metrics(found: Mapping[str, Any]) -> str:
@@ -88,13 +95,20 @@ def _metrics(found: Mapping[str, Any]) -> str:
     others = (
         "forward_transfer/ref",
         "fresh_gap",
+        "dynamic_regret",
         "dormant",
+        "plasticity/dormant",
         "erank",
         "again/kept",
         "again/savings",
     )
-    names = (*SHOWN, *(name for name in others if any(name in row["metrics"] for row in methods)))
-    short = {"forward_transfer/ref": "FT/ref"}
+    shown = [name for name in SHOWN if any(name in row["metrics"] for row in methods)]
+    names = (*shown, *(name for name in others if any(name in row["metrics"] for row in methods)))
+    short = {
+        "forward_transfer/ref": "FT/ref",
+        "dynamic_regret": "regret",
+        "plasticity/dormant": "dormant",
+    }
     lines = [
         f"{'method':16}" + "".join(f"{short.get(name, name):>24}" for name in names)
         + f"{'core us/row':>13}{'FLOPs/row':>11}"

@@ -5,13 +5,14 @@ and what each method costs: AP_final alone hides everything, so it never stands 
 agent also its score in every context through all phases.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from experiments.benchmarks.cells import Result
+from experiments.benchmarks.tasks.agent_scores import RAW
 from experiments.record.curves import FAINT, INK, PALETTE, SHADE, spread
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 ACROSS = 8  # heatmaps in a row
 COURSES = 4  # panels of curves in a row
 DIFFERENCES = ("AP_final", "ALA", "F")
+LIVED = ("online",)  # the same of streams without tasks
 
 
 def draw(
@@ -35,8 +37,9 @@ def draw(
     for stream, found in summary.items():
         own = {method: results[stream, method] for method in found["methods"]}
         path = folder / f"continual-{stream.rpartition('/')[2]}.png"
+        free = not any(result.scores.size for result in own.values())
         with rc_context(STYLE):
-            figure = _page(stream, found, own)
+            figure = (_page_of_a_life if free else _page)(stream, found, own)
             figure.savefig(path, dpi=100, facecolor="white")
         paths.append(path)
     return paths
@@ -56,24 +59,60 @@ def _page(stream: str, found: Mapping[str, Any], results: Mapping[str, Result]) 
     maps, plots, costs = parts[:3]
     maps.suptitle(
         f"{stream}, {len(found['seeds'])} seeds: score on each task (across) after training on "
-        "each task (down), mean over seeds; the first row is untrained",
+        f"each task (down), mean over seeds; the first row is untrained{_unit(found)}",
         fontweight="bold", x=0.01, ha="left",
     )  # fmt: skip
-    _heatmaps(maps, {name: result.scores for name, result in results.items()})
+    raw = found.get("unit") == RAW
+    _heatmaps(maps, {name: result.scores for name, result in results.items()}, raw)
     left, right = plots.subplots(1, 2, width_ratios=[1, 1.25])
     _plane(left, found["methods"])
-    _differences(right, found["pairs"])
+    _differences(right, found["pairs"], DIFFERENCES)
     _costs(costs.subplots(), found["methods"])
     if courses:
         _courses(parts[3], courses)
     return figure
 
 
-def _heatmaps(figure: Any, scores: Mapping[str, np.ndarray]) -> None:
+def _page_of_a_life(
+    stream: str, found: Mapping[str, Any], results: Mapping[str, Result]
+) -> "Figure":
+    """Of a stream without tasks: what was lived, part by part; differences; costs."""
+    from matplotlib.figure import Figure
+
+    ratios = [max(4.7, 0.2 * len(found["pairs"])), 0.26 * len(results) + 0.6]
+    figure = Figure(figsize=(15, sum(ratios)), layout="constrained")
+    plots, costs = figure.subfigures(2, 1, height_ratios=ratios)
+    plots.suptitle(
+        f"{stream}, {len(found['seeds'])} seeds: mean score of the episodes that ended in each "
+        f"part of the stream, whose contexts change unannounced{_unit(found)}",
+        fontweight="bold", x=0.01, ha="left",
+    )  # fmt: skip
+    left, right = plots.subplots(1, 2, width_ratios=[1.25, 1])
+    lives = {name: result for name, result in results.items() if "curve" in result.arrays}
+    for i, (name, result) in enumerate(lives.items()):
+        middles = (result.arrays["frames"][1:] + result.arrays["frames"][:-1]) / 2
+        colour = PALETTE[i % len(PALETTE)]
+        left.plot(middles, result.arrays["curve"].mean(0), color=colour, label=name)
+    left.set_xlabel("frames")
+    left.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    left.grid(axis="y")
+    left.legend(frameon=False, fontsize=8.5)
+    _differences(right, found["pairs"], LIVED)
+    _costs(costs.subplots(), found["methods"])
+    return figure
+
+
+def _unit(found: Mapping[str, Any]) -> str:
+    return f". Scores: {found['unit']}" if "unit" in found else ""
+
+
+def _heatmaps(figure: Any, scores: Mapping[str, np.ndarray], raw: bool) -> None:
     panels = figure.subplots(-(-len(scores) // ACROSS), ACROSS, squeeze=False).ravel()
     image = None
-    for axes, (method, values) in zip(panels, scores.items(), strict=False):
-        image = axes.imshow(values.mean(0), vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
+    means = {method: values.mean(0) for method, values in scores.items()}
+    low, high = _ends(means) if raw else (0.0, 1.0)
+    for axes, (method, values) in zip(panels, means.items(), strict=False):
+        image = axes.imshow(values, vmin=low, vmax=high, cmap="viridis", aspect="auto")
         axes.set_title(method, fontsize=9.5)
         axes.set_xticks([])
         axes.set_yticks([])
@@ -81,6 +120,11 @@ def _heatmaps(figure: Any, scores: Mapping[str, np.ndarray]) -> None:
         axes.axis("off")
     if image is not None:
         figure.colorbar(image, ax=list(panels), shrink=0.8, pad=0.01)
+
+
+def _ends(means: Mapping[str, np.ndarray]) -> tuple[float, float]:
+    """The least and the greatest of all."""
+    return min(x.min() for x in means.values()), max(x.max() for x in means.values())
 
 
 def _courses(figure: Any, results: Mapping[str, Result]) -> None:
@@ -119,7 +163,8 @@ def _course(axes: "Axes", result: Result) -> None:
             axes.plot(x, y.mean(0), color=PALETTE[i], linewidth=width)
     axes.set_xlim(0, course.shape[1] * frames[-1])
     axes.locator_params(axis="x", nbins=4)  # thousands side by side are wide
-    axes.set_ylim(0.0, 1.0)
+    if "unit" not in result.info:
+        axes.set_ylim(0.0, 1.0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(axis="y")
 
@@ -145,8 +190,8 @@ def _plane(axes: "Axes", methods: Mapping[str, Any]) -> None:
     axes.grid()
 
 
-def _differences(axes: "Axes", pairs: Mapping[str, Any]) -> None:
-    for k, metric in enumerate(DIFFERENCES):
+def _differences(axes: "Axes", pairs: Mapping[str, Any], metrics: Sequence[str]) -> None:
+    for k, metric in enumerate(metrics):
         rows = [row[metric] for row in pairs.values()]
         height = np.arange(len(rows)) + 0.22 * (k - 1)
         bars = np.concatenate([_bars(row) for row in rows], 1) if rows else None

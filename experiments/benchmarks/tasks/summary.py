@@ -13,6 +13,7 @@ import numpy as np
 from experiments import plasticity
 from experiments.benchmarks import metrics, statistics
 from experiments.benchmarks.cells import Cell, Result
+from experiments.benchmarks.tasks.agent_scores import RAW
 
 REFERENCE = "fresh"  # the method that is the reference of transfer and of fresh_gap
 # What a method must beat besides plain and the newest replay; the two controls come first.
@@ -34,12 +35,14 @@ SCHEDULES = (
     "hare_tortoise",
 )  # that claim something
 BASES = ("plain", "fifo")  # what every method is compared with
-SYMPTOMS = ("dormant", "erank", "srank", "weight_norm")
+OF_AGENTS = tuple(f"plasticity/{name}" for name in ("dormant", "erank", "weight_norm"))
+SYMPTOMS = ("dormant", "erank", "srank", "weight_norm", *OF_AGENTS)
 NORMALISED = ("AP_final", "AP_any", "ALA", "F")
 PAIRED = (
     "AP_final", "ALA", "F", "online", "auc", "frames_to_learn",
-    "again/kept", "again/auc", "again/savings", "again/frames_to_learn",
+    "again/kept", "again/auc", "again/savings", "again/frames_to_learn", "again/AP_final",
 )  # fmt: skip
+PAIRED_FREE = ("online", "dynamic_regret")  # of streams without tasks
 BY_TASK = ("online", "auc", "adapt", "frames_to_learn")  # means over tasks, where a family has them
 Gate = tuple[str, str, str, float]  # stream, method or `a - b`, metric, more than
 
@@ -54,15 +57,40 @@ def numbers(result: Result, fresh: Result | None) -> dict[str, np.ndarray]:
     found |= {name: result.by_task[name].mean(1) for name in BY_TASK if name in result.by_task}
     found |= {name: values[:, -1] for name, values in result.by_task.items() if name in SYMPTOMS}
     if fresh is not None:
-        own, ref = result.by_task["auc"], fresh.by_task["auc"]
-        for norm in ("ref", "kessler", "none"):
-            found[f"forward_transfer/{norm}"] = metrics.forward_transfer(own, ref, norm).value
-        found["fresh_gap"] = plasticity.fresh_gap(ref, own).mean(-1)
-        best = fresh.by_task["online"].mean(0)
-        found["dynamic_regret"] = metrics.dynamic_regret(result.by_task["online"], best)[..., -1]
-        if (scores := normalised(result, fresh)) is not None:
-            found |= {f"{name}/normalised": metrics.of_scores(scores)[name] for name in NORMALISED}
+        found |= against(result, fresh) if tasks_of(result) else lost(result, fresh)
     return found
+
+
+def tasks_of(result: Result) -> int:
+    """How many tasks R is of; none where contexts change at no known time."""
+    return result.scores.shape[2]
+
+
+def against(result: Result, fresh: Result) -> dict[str, np.ndarray]:
+    """What a reference adds. A best score of 1, and a normalised one, raw returns do not have."""
+    own, ref = result.by_task["auc"], fresh.by_task["auc"]
+    norms = ("none",) if result.info.get("unit") == RAW else metrics.NORMS
+    found = {
+        f"forward_transfer/{norm}": metrics.forward_transfer(own, ref, norm).value for norm in norms
+    }
+    found["fresh_gap"] = plasticity.fresh_gap(ref, own).mean(-1)
+    best = fresh.by_task["online"].mean(0)
+    found["dynamic_regret"] = metrics.dynamic_regret(result.by_task["online"], best)[..., -1]
+    scores = None if "unit" in result.info else normalised(result, fresh)
+    if scores is not None:
+        found |= {f"{name}/normalised": metrics.of_scores(scores)[name] for name in NORMALISED}
+    return found
+
+
+def lost(result: Result, fresh: Result) -> dict[str, np.ndarray]:
+    """Regret of a life in drawn contexts beside agents that each live in one: in mean phases."""
+    if "visited" not in result.arrays:
+        return {}
+    lengths, best = result.arrays["lengths"], fresh.by_task["online"].mean(0)
+    shares = lengths / lengths.mean(-1, keepdims=True)
+    of_each = best[result.arrays["visited"]]
+    regret = metrics.dynamic_regret(result.arrays["lived"], of_each, shares)
+    return {"dynamic_regret": regret[..., -1]}
 
 
 def normalised(result: Result, fresh: Result) -> np.ndarray | None:
@@ -76,7 +104,7 @@ def normalised(result: Result, fresh: Result) -> np.ndarray | None:
 
 def summarise(cells: Sequence[Cell], results: Mapping[str, Result]) -> dict[str, Any]:
     """By stream: each method's metrics and costs, and paired differences, all with intervals."""
-    rng = np.random.default_rng(0)
+    rng, later = np.random.default_rng(0), np.random.default_rng(1)
     summary: dict[str, Any] = {}
     for stream in dict.fromkeys(cell.stream for cell in cells):
         found = {cell.method: results[cell.key] for cell in cells if cell.stream == stream}
@@ -84,16 +112,21 @@ def summarise(cells: Sequence[Cell], results: Mapping[str, Result]) -> dict[str,
         by_seed = {name: numbers(result, found.get(REFERENCE)) for name, result in found.items()}
         methods = {}
         for name, result in found.items():
-            row = {metric: statistics.bootstrap(values, rng)._asdict()
-                   for metric, values in by_seed[name].items()}  # fmt: skip
-            final = result.scores[:, -1]
-            row["IQM_final"] = statistics.stratified_bootstrap(final, rng)._asdict()
+            row = {  # what cells came to know later leaves the draws of published intervals
+                metric: statistics.bootstrap(
+                    values, later if metric in OF_AGENTS else rng
+                )._asdict()
+                for metric, values in by_seed[name].items()
+            }
+            row["IQM_final"] = statistics.stratified_bootstrap(final(result), rng)._asdict()
             methods[name] = {"metrics": row, "cost": result.info}
         pairs = {
             f"{one} - {other}": compared(one, other, found, by_seed, rng)
             for one, other in to_compare(list(found))
         }
-        summary[stream] = {"seeds": list(seeds), "methods": methods, "pairs": pairs}
+        units = {result.info["unit"] for result in found.values() if "unit" in result.info}
+        said = {"unit": " or ".join(sorted(units))} if units else {}
+        summary[stream] = {"seeds": list(seeds), **said, "methods": methods, "pairs": pairs}
     return summary
 
 
@@ -114,15 +147,20 @@ def compared(
 ) -> dict[str, Any]:
     """Differences by seed, mean and interval, and how often `one` ends above `other`."""
     row: dict[str, Any] = {}
-    for metric in PAIRED:
+    for metric in PAIRED if tasks_of(found[one]) else PAIRED_FREE:
         if metric in by_seed[one] and metric in by_seed[other]:
             difference = statistics.paired_bootstrap(
                 by_seed[one][metric], by_seed[other][metric], rng
             )
             row[metric] = difference._asdict()
-    final = found[one].scores[:, -1], found[other].scores[:, -1]
-    row["P(improvement)"] = statistics.probability_of_improvement(*final, rng)._asdict()
+    last = final(found[one]), final(found[other])
+    row["P(improvement)"] = statistics.probability_of_improvement(*last, rng)._asdict()
     return row
+
+
+def final(result: Result) -> np.ndarray:
+    """The last scores (S, N); without tasks what was lived, (S, 1)."""
+    return result.scores[:, -1] if tasks_of(result) else result.by_seed["online"][:, None]
 
 
 def failures(gates: Iterable[Gate], summary: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ A process of its own (`python -m experiments.benchmarks.tasks.tracked OUT URI`),
 never imported where something learns. Children are found again by their cell, which never changes:
 a suite that went on adds what is new. Charts are grouped by the part of a name before the slash:
 `final/` with `low/` and `high/` the ends of its interval, `score/` on each task after so many
-tasks, `course/` in each context by frames, `cost/`.
+tasks, `course/` in each context by frames, `lived/` of a stream without tasks, `cost/`.
 """
 
 import json
@@ -111,7 +111,11 @@ def points(result: Result, row: Mapping[str, Any]) -> Iterator[Value]:
         if isinstance(value, int | float):
             yield Value(clean(f"cost/{name}"), float(value), now, 0)
     tasks = result.info.get("contexts") or [f"task{j + 1}" for j in range(result.scores.shape[2])]
-    yield from series("score", tasks, result.scores.mean(0), range(len(tasks) + 1), now)
+    if result.scores.size:
+        yield from series("score", tasks, result.scores.mean(0), range(len(tasks) + 1), now)
+    if "curve" in result.arrays:
+        lived, edges = result.arrays["curve"].mean(0), result.arrays["frames"]
+        yield from series("lived", ["online"], lived[:, None], edges[1:].tolist(), now)
     if "course" in result.arrays:
         course, frames = result.arrays["course"].mean(0), result.arrays["frames"]
         for phase, scores in enumerate(course):

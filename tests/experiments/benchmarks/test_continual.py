@@ -1,6 +1,7 @@
 """The continual-learning suite: cells that survive a kill, its tables, the command end to end."""
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,14 @@ import pytest
 
 from experiments.benchmarks import cells, continual
 from experiments.benchmarks.cells import Cell, Result
-from experiments.benchmarks.tasks import board, page, supervised, supervised_cells
+from experiments.benchmarks.tasks import (
+    agent_cells,
+    agent_free,
+    board,
+    page,
+    supervised,
+    supervised_cells,
+)
 from experiments.benchmarks.tasks.summary import failures, normalised, summarise
 from experiments.config import ConfigError
 
@@ -256,12 +264,34 @@ def test_every_field_of_the_settings_can_be_changed():
 @pytest.mark.parametrize("tier", continual.TIERS)
 def test_every_cell_of_a_tier_can_run(tier: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(supervised_cells, "check_stream", lambda name: None)  # data apart
+    for module in (agent_cells, agent_free):  # packages apart
+        monkeypatch.setattr(module, "check_env", lambda config: None)
     plan = continual.cells_of(continual.parser().parse_args(["--tier", tier]))
     assert len({each.key for each in plan}) == len(plan) > 5
     there = {(each.stream, each.method) for each in plan}
     for stream, name, metric, _ in continual.TIERS[tier].gates:
         assert {(stream, method) for method in name.split(" - ")} <= there
         assert metric.removeprefix("-") in ("ALA", "F", "online")
+
+
+PUBLISHED = {  # digests of the keys of cells in docs/RESULTS.md: they must be found again
+    "smoke": "ff47023149e55126", "laptop": "3c8649e035d3f3ab", "table": "9a46a82459150806",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tier", PUBLISHED)
+def test_published_cells_keep_their_keys(tier: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(supervised_cells, "check_stream", lambda name: None)
+    plan = continual.cells_of(continual.parser().parse_args(["--tier", tier]))
+    keys = "\n".join(each.key for each in plan)
+    assert hashlib.sha256(keys.encode()).hexdigest()[:16] == PUBLISHED[tier]
+
+
+def test_fields_of_single_methods_are_options_of_their_cells_alone():
+    words = ["--tier", "overnight", "--streams", continual.STREAM, "--methods", "plain,ewc"]
+    plain, ewc = continual.cells_of(continual.parser().parse_args([*words, "gamma=0.5"]))
+    assert "gamma" not in plain.options and ewc.options["gamma"] == 0.5
+    assert set(ewc.options) - set(plain.options) == {"ewc", "anchor_every", "gamma"}
 
 
 def test_two_processes_and_a_page_of_what_is_there(
