@@ -91,9 +91,9 @@ class Dreamer(nn.Module):
         """Every loss of one batch of sequences (B, T, ...) that starts from `carry`."""
         posterior, carry = self.world.observe(batch, carry, generator)
         losses = self.world.losses(batch, posterior)
-        behaviour, returns, metrics = self._behaviour(posterior, slow_critic, generator)
+        behaviour, *starts, metrics = self._behaviour(posterior, slow_critic, generator)
         losses |= behaviour
-        losses["repvalue"] = self._replay_value(batch, posterior, returns, slow_critic)
+        losses["repvalue"] = self._replay_value(batch, posterior, *starts)
         return Outcome(losses, carry, metrics | self._surprise(posterior))
 
     def _surprise(self, posterior: Posterior) -> dict[str, Tensor]:
@@ -117,8 +117,8 @@ class Dreamer(nn.Module):
         posterior: Posterior,
         slow_critic: Mapping[str, Tensor],
         generator: Draws,
-    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
-        """Actor and critic losses from imagination; the returns (B, K) of its starts."""
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
+        """Losses of actor and critic in imagination; returns and slow values (B, K) of its starts."""
         starts = self.world.starts(posterior, self.starts)
         dream = self.world.dynamics.imagine(
             starts,
@@ -126,6 +126,7 @@ class Dreamer(nn.Module):
             self.horizon,
             self.imagine_memory,
             generator,
+            self.actor.choices,
         )
         reward, live = self._judged(dream)
         slow_value = self._slow_value(dream.feature, slow_critic)
@@ -156,7 +157,7 @@ class Dreamer(nn.Module):
             "imagined_reward": reward,
         }
         metrics = {name: by_group(x, scale).mean(-1) for name, x in metrics.items()}
-        return losses, returns[:, 0].view(shape), metrics
+        return losses, returns[:, 0].view(shape), slow_value[:, 0].view(shape), metrics
 
     @torch.no_grad()
     def _judged(self, dream: Dream) -> tuple[Tensor, Tensor]:
@@ -172,9 +173,12 @@ class Dreamer(nn.Module):
         batch: Batch,
         posterior: Posterior,
         returns: Tensor,
-        slow_critic: Mapping[str, Tensor],
+        slow_value: Tensor,
     ) -> Tensor:
-        """Critic loss (B, K - 1) on replayed rewards, bootstrapped with imagined returns (B, K)."""
+        """Critic loss (B, K - 1) on replayed rewards, bootstrapped with imagined returns (B, K).
+
+        slow_value (B, K): the slow critic's values of the same steps.
+        """
         k = returns.shape[1]
         feature = features(posterior.deter, posterior.stoch)[:, -k:]
         first, terminal = batch.first[:, -k:], batch.terminal[:, -k:]
@@ -183,8 +187,7 @@ class Dreamer(nn.Module):
         live = (~terminal).float() * self.world.discount
         target = lambda_return(batch.reward[:, -k:], live, (~last).float(), returns, self.lam)
         logits = self.critic(feature[:, :-1])
-        slow_value = self._slow_value(feature[:, :-1], slow_critic)
-        loss = self._value_loss(logits, target, slow_value)
+        loss = self._value_loss(logits, target, slow_value[:, :-1])
         return (~last[:, :-1]).float() * loss
 
     @torch.no_grad()

@@ -20,10 +20,14 @@ Critic = TwoHot
 class DiscreteActor(nn.Module):
     """Features (..., F) to one-hot blocks (..., A), one for each component of the action."""
 
+    choices: Tensor | None  # (A, A) all actions there are, where there is one component
+
     def __init__(self, n_in: int, spec: ActionSpec, units: int, layers: int, mix: float = 0.01):
         super().__init__()
         self.sizes, self.mix = spec.sizes, mix
         self.net = MLP(n_in, spec.dim, units, layers, scale=0.01)
+        one_hot = torch.eye(spec.dim) if len(spec.sizes) == 1 else None
+        self.register_buffer("choices", one_hot, persistent=False)  # all actions, or None
 
     def forward(self, x: Tensor) -> Tensor:
         """Probabilities (..., A): each block sums to one."""
@@ -62,6 +66,7 @@ class ContinuousActor(nn.Module):
     ):
         super().__init__()
         self.low, self.high = deviation
+        self.choices = None
         self.net = MLP(n_in, 2 * spec.dim, units, layers, scale=0.01)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ def lambda_return(reward: Tensor, live: Tensor, cont: Tensor, boot: Tensor, lam:
     decay = live[:, 1:] * weight
     value = boot[:, -1]
     out: list[Tensor] = []
-    for t in reversed(range(interim.shape[1])):
-        value = interim[:, t] + decay[:, t] * value
+    for now, left in zip(interim.unbind(1)[::-1], decay.unbind(1)[::-1], strict=True):
+        value = torch.addcmul(now, left, value)
         out.append(value)
     return torch.stack(out[::-1], 1)
 

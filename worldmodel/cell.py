@@ -58,9 +58,13 @@ class Draw(NamedTuple):
 def enter(w: Weights, deter: Tensor, stoch: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """What is left of deter (B, D) where keep (B, 1) is one, and both states embedded (B, 2 h)."""
     deter = deter * keep
-    a = rms(addmm(w.deter_bias, deter, w.deter_in), w.scale_in[..., 0, :])
-    b = rms(addmm(w.stoch_bias, stoch * keep, w.stoch_in), w.scale_in[..., 1, :])
-    return deter, F.silu(torch.cat([a, b], -1))
+    return deter, embedded(w, deter, stoch * keep)
+
+
+def embedded(w: Weights, deter: Tensor, stoch: Tensor) -> Tensor:
+    """Both states, deter (B, D) and stoch (B, S * C), as what recurs mixes them in: (B, 2 h)."""
+    linear = addmm(w.deter_bias, deter, w.deter_in), addmm(w.stoch_bias, stoch, w.stoch_in)
+    return F.silu(rms(torch.stack(linear, 1), w.scale_in, 2)).flatten(1)
 
 
 def recur(w: Weights, deter: Tensor, x: Tensor, recalled: Tensor | None, bias: Tensor) -> Tensor:

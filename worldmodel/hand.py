@@ -9,19 +9,17 @@ Shapes: those of cell.py. R rows are those of one step, B, or of all of them, B 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nested import fast
 from worldmodel.cell import Draw, Weights
 from worldmodel.heads import sample, softmax
 from worldmodel.nets import EPSILON, addmm, matmul, outer, sum_rows
 
 aten: Any = torch.ops.aten
-Tree = TypeVar("Tree", bound=tuple[Any, ...])
 
 
 class Normed(NamedTuple):
@@ -238,19 +236,19 @@ def enter_back(
 # ---- all steps ------------------------------------------------------------------------------
 
 
-def joined(steps: Sequence[Tree]) -> Tree:
+def joined(steps: Sequence[Any]) -> Any:
     """What steps kept, (B, ...) each, as one: (B * T, ...), the rows of a group together."""
-    return fast.tree_map(lambda *x: torch.stack(x, 1).flatten(0, 1), *steps)
+    if isinstance(steps[0], Tensor):
+        return torch.stack([*steps], 1).flatten(0, 1)
+    return type(steps[0])(*(joined(part) for part in zip(*steps, strict=True)))
 
 
-def parted(whole: Tree, steps: int) -> list[Tree]:
+def parted(whole: Any, steps: int) -> Sequence[Any]:
     """The inverse of `joined`."""
-    spaced = fast.tree_map(lambda x: x.unflatten(0, (-1, steps)), whole)
-
-    def one(t: int) -> Tree:
-        return fast.tree_map(lambda x: x.select(1, t), spaced)
-
-    return [one(t) for t in range(steps)]
+    if isinstance(whole, Tensor):
+        return whole.unflatten(0, (-1, steps)).unbind(1)
+    parts = zip(*(parted(part, steps) for part in whole), strict=True)
+    return [type(whole)(*row) for row in parts]
 
 
 def weight_grads(

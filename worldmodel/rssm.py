@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from nested import fast as fast_state
-from worldmodel.cell import Draw, Plain, Weights, advance, enter
+from worldmodel.cell import Draw, Plain, Weights, advance, embedded
 from worldmodel.heads import Draws, race, sample, unimix
-from worldmodel.nets import MLP, BlockLinear, Dense, RMSNorm, affine, read_dtype, readable
+from worldmodel.nets import MLP, BlockLinear, Dense, RMSNorm, affine, matmul, read_dtype, readable
 from worldmodel.tape import Filter, Tape
 from worldmodel.types import Carry, Latent
 
 Recall = Callable[[Tensor, Tensor, Any], tuple[Tensor | None, Any]]
+Embedding = Callable[[Tensor], tuple[Tensor, Tensor]]
 MemoryUse = Literal["write", "read", "off"]
 
 
@@ -161,25 +162,24 @@ class RSSM(nn.Module):
         horizon: int,
         use: MemoryUse = "read",
         generator: Draws = None,
+        choices: Tensor | None = None,
     ) -> Dream:
         """Roll the prior out from N carries; policy maps features (N, F) to actions (N, A).
 
         Without gradients: actors learn by the score function, world models by prediction.
+        choices (A, A): all actions, where each is a one-hot vector; they are embedded once.
         """
         weights, shares = self._hoist()
-        recall = self.recall(use)
+        recall, embedding = self.recall(use), self._embedding(shares, choices)
         deter, stoch, fast = carry.latent.deter, carry.latent.stoch, carry.fast
         noise = race((horizon, len(deter), self.stoch, self.classes), generator, 1)
-        keep = deter.new_ones(())
         features = deter.new_empty(len(deter), horizon, self.feature, dtype=read_dtype(deter))
         actions: list[Tensor] = []
-        for h in range(horizon):
-            feature = features[:, h]
-            feature[:, : self.deter].copy_(deter)
-            feature[:, self.deter :].copy_(stoch.flatten(1))
+        for h, feature in enumerate(features.unbind(1)):
+            torch.cat([deter, stoch.flatten(1)], -1, out=feature)
             action = policy(feature)
-            embed, bias = self._embed(action, shares)
-            deter, x = enter(weights, deter, stoch.flatten(1), keep)
+            embed, bias = embedding(action)
+            x = embedded(weights, deter, stoch.flatten(1))
             recalled, fast = recall(x, embed, fast)
             deter = advance(weights, deter, x, recalled, bias)
             stoch = sample(self.prior(deter), noise[h])
@@ -234,6 +234,21 @@ class RSSM(nn.Module):
         """Embedded action (..., hidden) and its part of the mixing layer (..., D)."""
         embed = self.from_action(action.clamp(-1, 1))
         return embed, affine(embed, share, self.mixed.bias)
+
+    def _embedding(self, share: Tensor, choices: Tensor | None) -> Embedding:
+        """`_embed` as a function of the action alone; of few choices it is a table."""
+        if choices is None:
+            return lambda action: self._embed(action, share)
+        groups = share.shape[:-2]
+        rows = self._embed(choices.repeat(*(groups or (1,)), 1), share)
+        table = torch.cat(rows, -1).view(*groups, len(choices), -1)
+        sizes = [self.hidden, self.deter]
+
+        def chosen(action: Tensor) -> tuple[Tensor, Tensor]:
+            embed, bias = matmul(action, table).split(sizes, -1)
+            return embed, bias
+
+        return chosen
 
     def probs(self, logits: Tensor) -> Tensor:
         """Probabilities (..., S, C) of logits (..., S * C)."""

@@ -102,11 +102,11 @@ class Records:
         """Keep one step's share of the weights' gradients."""
         self._steps[kind].append((graph_task(), kept))
 
-    def take(self, kind: str) -> tuple[Any, ...]:
-        """This pass's records of all steps, joined; forgets them."""
+    def take(self, kind: str) -> list[Any]:
+        """This pass's records of all steps, joined each; forgets them."""
         steps = [kept for task, kept in self._steps[kind] if task == graph_task()]
         self._steps[kind] = []
-        return joined(steps)
+        return [joined(kept) for kept in zip(*steps, strict=True)]
 
 
 def graph_task() -> int:

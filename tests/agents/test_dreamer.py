@@ -141,9 +141,9 @@ def test_the_actor_learns_which_imagined_action_is_rewarded(monkeypatch: pytest.
     agent.world._modules.update(parts)
     core = agent.world.dynamics.imagine
 
-    def marked(starts, policy, horizon, use, generator):
+    def marked(*args):
         """A dream whose reward at h + 1 says whether action h was number 2."""
-        dream = core(starts, policy, horizon, use, generator)
+        dream = core(*args)
         feature, last = dream.feature.clone(), dream.last.clone()
         feature[:, 0, -1] = 0.0
         feature[:, 1:, -1] = dream.action[:, :-1, 2]
@@ -154,7 +154,7 @@ def test_the_actor_learns_which_imagined_action_is_rewarded(monkeypatch: pytest.
     optimizer = torch.optim.Adam([*agent.actor.parameters(), *agent.critic.parameters()], 3e-3)
     generator = torch.Generator().manual_seed(0)
     for _ in range(120):
-        losses, _, _ = agent._behaviour(posterior, slow_of(agent), generator)
+        losses, *_ = agent._behaviour(posterior, slow_of(agent), generator)
         optimizer.zero_grad()
         (losses["policy"].mean() + losses["value"].mean()).backward()
         optimizer.step()

@@ -171,6 +171,23 @@ def test_imagination_follows_the_policy_from_its_carry(use: MemoryUse):
     assert not torch.equal(dream.last, dream.feature[:, -1])
 
 
+@pytest.mark.parametrize("memory", [False, True])
+def test_few_actions_are_embedded_once(memory: bool):
+    agent = make_agent(memory=memory).double()
+    carry = agent.initial(5)
+    queue = torch.eye(3, dtype=torch.float64)[torch.randint(3, (4, 5))]
+
+    def dream(choices: torch.Tensor | None):
+        rows, generator = iter(queue), torch.Generator().manual_seed(1)
+        return agent.world.dynamics.imagine(
+            carry, lambda _: next(rows), 4, "read", generator, choices
+        )
+
+    written_out = dream(None)
+    torch.testing.assert_close(dream(agent.actor.choices), written_out, rtol=0, atol=1e-13)
+    assert make_agent(action=SEVERAL).actor.choices is None
+
+
 def test_starts_are_the_last_steps_in_batch_order():
     agent, batch = make_agent(), make_batch()
     posterior, _ = agent.world.observe(batch, agent.initial(4))
