@@ -118,7 +118,7 @@ class Dreamer(nn.Module):
         slow_critic: Mapping[str, Tensor],
         generator: Draws,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
-        """Losses of actor and critic in imagination; returns and slow values (B, K) of its starts."""
+        """Losses of actor and critic in imagination; returns, slow values (B, K) of its starts."""
         starts = self.world.starts(posterior, self.starts)
         dream = self.world.dynamics.imagine(
             starts,
