@@ -1,8 +1,9 @@
 """Environments that switch between gymnasium tasks, as data: their hidden contexts, in order.
 
 MiniGrid3-v0 and MiniHack4-v0 are the small streams of Continual-Dreamer (Kessler et al. 2023, arXiv
-2211.15944), Atari6-v0 is CORA's (Powers et al. 2021, arXiv 2110.10067), CoinRun6-v0 that of ARROW
-(arXiv 2603.11395) in its original order. Nothing is imported here.
+2211.15944), with its episodes of 100 steps; Atari6-v0 is CORA's (Powers et al. 2021, arXiv
+2110.10067), CoinRun6-v0 that of ARROW (arXiv 2603.11395) in its original order. Nothing is imported
+here.
 """
 
 from typing import Any, NamedTuple
