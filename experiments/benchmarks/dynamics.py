@@ -68,7 +68,11 @@ def pairs_of(part: str, size: Size) -> list[Pair]:
             (few, first),
             (few, (CASCADE[0], size.k_max)),
         ],
-        "steps": [(few, whole), ((BARE, FEW), (BARE, size.k_max)), (few, (BARE, FEW))],
+        "steps": [
+            (few, whole),
+            ((BARE, FEW), (BARE, size.k_max)),
+            *(((FULL, k), (BARE, k)) for k in (1, FEW)),
+        ],
         "labels": [
             *(((name, FEW), (LABELS[0], FEW)) for name in LABELS[1:]),
             ((SETTLED, FEW), few),
