@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from worldmodel.conv import Doubling, Down, doubled, image_error, nchw, squares
 from worldmodel.nets import EPSILON, MANY, RMSNorm, at_least_float32, norm_silu, readable
 
-BLOCK = 1 << 20  # elements of a convolution's output that a thread works on before the next
-PART = 1 << 23  # and of those that a node keeps: larger tensors cost page faults in every update
+BLOCK = 1 << 21  # elements of a convolution's output that a thread works on before the next
+PART = 1 << 25  # and of those that go into one node: an image batch of 16 x 64 at depth 4
 NARROW = 8  # channels that fill half a vector register, or less
 
 aten = torch.ops.aten
