@@ -185,6 +185,7 @@ def test_parameters_owned_by_nobody_or_twice(command, override, expected, capsys
         ("MiniGrid-Empty-5x5-v0", "nested-timescales[minigrid]"),
         ("ALE/Pong-v5", "nested-timescales[atari]"),
         ("crafter", "nested-timescales[crafter]"),
+        ("SlipperyAnt-v0", "nested-timescales[mujoco]"),
         ("MiniGrid3-v0", "nested-timescales[minigrid]"),
         ("MiniHack4-v0", "nested-timescales[minihack]"),
         ("Atari6-v0", "nested-timescales[atari]"),
