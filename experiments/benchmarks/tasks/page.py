@@ -81,7 +81,7 @@ def _page_of_a_life(
 
     ratios = [max(4.7, 0.2 * len(found["pairs"])), 0.26 * len(results) + 0.6]
     figure = Figure(figsize=(15, sum(ratios)), layout="constrained")
-    plots, costs = figure.subfigures(2, 1, height_ratios=ratios)
+    plots, costs = figure.subfigures(2, 1, squeeze=False, height_ratios=ratios)[:, 0]
     plots.suptitle(
         f"{stream}, {len(found['seeds'])} seeds: mean score of the episodes that ended in each "
         f"part of the stream, whose contexts change unannounced{_unit(found)}",

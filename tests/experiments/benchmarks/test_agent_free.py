@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,11 +21,11 @@ STREAM = STREAMS[FREE]
 TINY = {"tasks": 2, "frames": 320, "every": 16, "phases": 4, "prefill": 128}
 
 
-def cell(method: str = "plain", *seeds: int, stream: str = FREE, **options: object) -> Cell:
+def cell(method: str = "plain", *seeds: int, stream: str = FREE, **options: Any) -> Cell:
     return Cell(stream, method, seeds or (0,), {**STREAMS[stream].fields, **options})
 
 
-def run_of(seed: int = 0, **options: object) -> Config:
+def run_of(seed: int = 0, **options: Any) -> Config:
     return agent_free.runs_of(cell("plain", seed, **options), "runs")[0][0]
 
 
@@ -68,8 +69,9 @@ def test_an_environment_that_changes_by_itself():
      ("tasks", 5, "2 to 4"), ("every", 4, "multiple of 8"), ("prefill", 10, "at least 128")],
 )  # fmt: skip
 def test_cells_that_cannot_run(field: str, value: int, way_out: str):
+    options: Any = {field: value}
     with pytest.raises(ConfigError, match=way_out):
-        agent_free.check(cell(**{field: value}))
+        agent_free.check(cell("plain", 0, **options))
 
 
 # ---- what is lived -----------------------------------------------------------------------------
