@@ -2,12 +2,14 @@
 
 The loop is that of train.py with a plural. Runs may differ in seed, schedule and whatever else does
 not change the shape of an agent or the number of updates; each has its own folder, metrics and
-checkpoints, and learns what it would have learned alone, to rounding.
+checkpoints, and learns what it would have learned alone, to rounding. Products are the larger part
+of an update then, and one core makes them all: `processes` put the other cores to work.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import reduce
+from multiprocessing import get_context
 from operator import getitem
 from pathlib import Path
 
@@ -34,12 +36,42 @@ GROUPED = ("none", "hebb", "delta", "gated_delta")  # memories whose weights may
 def train_together(
     configs: Sequence[Config],
     watch: Callable[[Path, Config], AbstractContextManager[Watch]] = Progress,
+    processes: int = 1,
 ) -> list[Path]:
     """Train runs of one shape side by side; returns their folders.
 
-    `watch` sees the first of them. Raises ConfigError where they cannot run in step.
+    `watch` sees the first of them; `processes` divide them. Raises ConfigError where they cannot
+    run in step.
     """
     check(configs)
+    size = -(-len(configs) // processes)
+    first, *others = [configs[i : i + size] for i in range(0, len(configs), size)]
+    if not others:
+        return train_group(first, watch)
+    # a pool ends its processes with its block, also where the runs of this one fail
+    with get_context("spawn").Pool(len(others)) as pool:
+        elsewhere = pool.starmap_async(train_group, [(part, Unwatched) for part in others], 1)
+        here = train_group(first, watch)
+        return here + [path for paths in elsewhere.get() for path in paths]
+
+
+class Unwatched(AbstractContextManager["Unwatched"]):
+    """Shows nothing: the watch of runs in another process."""
+
+    def __init__(self, path: Path, config: Config):
+        pass
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+    def show(self, frame: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+
+def train_group(
+    configs: Sequence[Config], watch: Callable[[Path, Config], AbstractContextManager[Watch]]
+) -> list[Path]:
+    """`train_together` in this process."""
     loops = [Loop.start(config) for config in configs]
     lead, group = loops[0], Group([loop.agent for loop in loops])
     with watch(lead.run.path, lead.config) as progress, ExitStack() as stack:

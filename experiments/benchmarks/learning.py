@@ -159,13 +159,13 @@ def draw(
         figure.savefig(path, dpi=110, facecolor="white")
 
 
-def train_missing(configs: Sequence[Config]) -> None:
-    """Train the seeds that have no run yet side by side, in one program."""
+def train_missing(configs: Sequence[Config], processes: int = 1) -> None:
+    """Train the seeds that have no run yet side by side, divided between so many processes."""
     from experiments.together import train_together
 
     missing = [c for c in configs if not any(is_of(s.path, c) for s in runs(Path(c.tracking.root)))]
     if len(missing) > 1:
-        train_together(missing)
+        train_together(missing, processes=processes)
 
 
 def collect(configs: Sequence[Config]) -> dict[str, list[Curve]]:
@@ -199,18 +199,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--together", action="store_true", help="train the seeds side by side, in one program"
     )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="that divide seeds which train --together"
+    )
     parser.add_argument("--root", default="runs/learning", help="folder of the runs")
     parser.add_argument("--out", type=Path, help="the picture (default ROOT/PRESET.png)")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="fields to change")
     asked = parser.parse_intermixed_args(argv)
     if asked.seeds < 1:
         raise ConfigError("--seeds", asked.seeds, "nothing to train", "give 1 or more")
+    if asked.processes < 1:
+        raise ConfigError("--processes", asked.processes, "nothing to train in", "give 1 or more")
     common = [f"tracking.root={asked.root}", *asked.overrides]
     seeds = range(asked.first, asked.first + asked.seeds)
     configs = [load_config(asked.preset, [f"seed={seed}", *common]) for seed in seeds]
     check_env(configs[0])
     if asked.together:
-        train_missing(configs)
+        train_missing(configs, asked.processes)
     curves = collect(configs)
     out = asked.out or Path(asked.root) / f"{Path(asked.preset).stem}.png"
     draw(curves, configs[0].env.id, asked.threshold, out)

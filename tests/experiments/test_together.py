@@ -46,6 +46,14 @@ def test_two_seeds_side_by_side_learn_what_each_learns_alone(tmp_path: Path):
     assert not np.allclose(losses(paths[0]), losses(paths[1]))
 
 
+def test_processes_divide_the_runs_and_change_none(tmp_path: Path):
+    configs = [config(tmp_path / "both", f"seed={seed}", "frames=320") for seed in (5, 6)]
+    paths = train_together(configs, processes=2)
+    assert [path.name[-2:] for path in paths] == ["s5", "s6"]
+    (alone,) = train_together([config(tmp_path / "alone", "seed=6", "frames=320")])
+    np.testing.assert_array_equal(losses(paths[1]), losses(alone))
+
+
 def test_schedules_and_replays_may_differ(tmp_path: Path):
     plain = config(tmp_path)
     slow = config(
