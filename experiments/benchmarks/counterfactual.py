@@ -12,34 +12,29 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiments.benchmarks.names import names_in
-from experiments.benchmarks.statistics import Interval, bootstrap, paired_bootstrap, shown
+from experiments.benchmarks.recorded import rounds_page
+from experiments.benchmarks.recorded.rounds_page import ARMS, MEASURES
+from experiments.benchmarks.statistics import bootstrap, paired_bootstrap
 from experiments.config import ConfigError
 from experiments.config.dreamer4 import Dreamer4Config, OnlineConfig, load_dreamer4
 from experiments.data.convert import record_policy
 from experiments.record import RunError, runs
 from experiments.record.metrics import read
-from experiments.record.run import read_json, write_json
+from experiments.record.run import read_json, revision, write_json
 
-ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # and what each changes in `online`
-    "own": ("the policy's own episodes", {}),
-    "random": ("random episodes", {"noise": 1.0}),
-    "none": ("no new episodes, as many updates", {"episodes": 0}),
-}
-MEASURES = {
-    "hallucination": "wrong recipes promised a tool",
-    "recognised": "right recipes promised a tool",
-    "gap": "imagined minus real return",
-    "real_return": "real return",
+CHANGES: dict[str, dict[str, Any]] = {  # of `online`, by arm
+    "own": {},
+    "random": {"noise": 1.0},
+    "none": {"episodes": 0},
 }
 PHASES = ("tokenizer", "dynamics", "finetune", "imagine")
-SHARES = ("hallucination", "recognised")  # the others are returns
 FIXED = ("tracking.mlflow=false", "tracking.pictures=false")
 TIERS: dict[str, tuple[int, int, tuple[str, ...]]] = {  # seeds, recorded frames, fields
     "smoke": (
@@ -130,9 +125,16 @@ def is_of(path: Path, config: Dreamer4Config) -> bool:
 
 
 def rounds_of(path: Path) -> Rounds:
-    """What a run measured at the end of each round."""
-    rows = [row.metrics for row in read(path / "metrics.jsonl") if "round/number" in row.metrics]
-    return {name: np.array([row[f"round/{name}"] for row in rows]) for name in MEASURES}
+    """What a run measured at the end of each round; `imitation` before it dreamt in it."""
+    found: dict[str, list[float]] = {name: [] for name in MEASURES}
+    imitation = np.nan
+    for row in read(path / "metrics.jsonl"):
+        imitation = row.metrics.get("eval/imitation/return", imitation)
+        if "round/number" in row.metrics:
+            measured = {"round/imitation": imitation} | row.metrics
+            for name, values in found.items():
+                values.append(measured[f"round/{name}"])
+    return {name: np.array(values) for name, values in found.items()}
 
 
 def collect(asked: argparse.Namespace, arms: Sequence[str]) -> Found:
@@ -146,9 +148,8 @@ def collect(asked: argparse.Namespace, arms: Sequence[str]) -> Found:
         print(f"seed {seed}: offline", file=sys.stderr, flush=True)
         base = offline_run(offline)
         for arm in arms:
-            about, changes = ARMS[arm]
-            print(f"seed {seed}: {arm}, {about}", file=sys.stderr, flush=True)
-            rounds = online.online.model_copy(update=changes)
+            print(f"seed {seed}: {arm}, {ARMS[arm]}", file=sys.stderr, flush=True)
+            rounds = online.online.model_copy(update=CHANGES[arm])
             config = online.model_copy(update={"online": rounds})
             path = asked.root / arm / f"s{seed}"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,47 +186,10 @@ def summary(found: Found, rng: np.random.Generator) -> dict[str, Any]:
     return result
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """The result as text: a block a measure, a line an arm, a column a round."""
-    lines = [f"{result['seeds']} seeds; means by round, intervals 95 %, paired by seed"]
-    for name, row in result["measures"].items():
-        lines.append(f"{name}: {MEASURES[name]}")
-        for arm, by_round in row["rounds"].items():
-            means = "".join(f"{one['value']:8.3f}" for one in by_round)
-            lines.append(f"  {arm:8}{means}   rounds change it by {shown(row['change'][arm])}")
-        for pair, one in row["differences"].items():
-            lines.append(f"  at the end, {pair}: {shown(one)}")
-    return "\n".join(lines)
-
-
-def draw(result: Mapping[str, Any], path: Path) -> None:
-    """A panel a measure: means by round and their intervals, a line an arm."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    from experiments.record.curves import PALETTE, STYLE
-
-    with rc_context(STYLE):
-        figure = Figure(figsize=(4.4 * len(MEASURES), 4.2), layout="constrained")
-        panels = figure.subplots(1, len(MEASURES))
-        for axes, (name, row) in zip(panels, result["measures"].items(), strict=True):
-            for (arm, by_round), colour in zip(row["rounds"].items(), PALETTE, strict=False):
-                x = np.arange(len(by_round))
-                value, low, high = (np.array([r[k] for r in by_round]) for k in Interval._fields)
-                label = f"{arm}: {ARMS[arm][0]}"
-                axes.plot(x, value, color=colour, marker="o", linewidth=1.9, label=label)
-                axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-                axes.set_xticks(x)
-            if name in SHARES:
-                axes.set_ylim(-0.03, 1.03)
-            axes.set_title(f"{name}\n{MEASURES[name]}")
-            axes.set_xlabel("round (0: recordings alone)")
-            axes.grid(axis="y")
-        panels[0].legend(frameon=False, fontsize=8)
-        seeds = result["seeds"]
-        figure.suptitle(f"Recipes: what recordings never show, {seeds} seeds, bands 95 %")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110, facecolor="white")
+def command_of(asked: argparse.Namespace, seeds: int, arms: Sequence[str]) -> str:
+    """The command that gives this result again."""
+    words = [f"nested bench counterfactual --tier {asked.tier} --seeds {seeds}"]
+    return " ".join([*words, f"--arms {','.join(arms)}", *asked.overrides])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -241,6 +205,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=0, help="how many (default: the tier's)")
     parser.add_argument("--root", type=Path, help="folder (default runs/counterfactual/TIER)")
     parser.add_argument("--out", type=Path, help="the picture (default ROOT/counterfactual.png)")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE.md", help="write the table there, between marks"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="of the preset recipes")
     asked = parser.parse_intermixed_args(argv)
@@ -250,11 +217,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = collect(asked, names_in(asked.arms, ARMS, "--arms", "arm"))
     seeds = len(next(iter(found.values()))["gap"])
     measures = summary(found, np.random.default_rng(0))
-    result = {"tier": asked.tier, "seeds": seeds, "arms": list(found), "measures": measures}
+    result = {
+        "command": command_of(asked, seeds, list(found)),
+        "commit": revision(),
+        "config": configs_of(asked, 0)[1].model_dump(),
+        "tier": asked.tier,
+        "seeds": seeds,
+        "arms": list(found),
+        "measures": measures,
+    }
     out = asked.out or asked.root / "counterfactual.png"
-    draw(result, out)
+    rounds_page.draw(result, out)
     write_json(asked.root / "counterfactual.json", result)
-    print(json.dumps(result) if asked.json else f"{table(result)}\npicture {out}")
+    if asked.results:
+        rounds_page.put(asked.results, result)
+    print(json.dumps(result) if asked.json else f"{rounds_page.table(result)}\npicture {out}")
     return 0
 
 

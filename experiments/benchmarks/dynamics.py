@@ -34,7 +34,7 @@ from experiments.benchmarks.statistics import bootstrap, paired_bootstrap
 from experiments.config import ConfigError
 from experiments.record.run import write_json
 
-SEEDS = {"smoke": 2, "laptop": 3}
+SEEDS = {"smoke": 2, "laptop": 3, "large": 3}
 STEPS = (1, 2, 4, 8, 16, 64)
 FEW = 4  # sampling steps of a frame that is imagined in use
 CASCADE = ("v", "shortcut", "x", "x-loss", FULL)
@@ -53,7 +53,7 @@ def keys_of(part: str, size: Size) -> list[Key]:
     return {
         "ablation": [*((name, FEW) for name in CASCADE), ("v", size.k_max)],
         "steps": [(name, k) for name in (FULL, BARE) for k in steps],
-        "labels": [(name, FEW) for name in (*LABELS, FULL)],
+        "labels": [(name, FEW) for name in LABELS],
     }[part]
 
 
@@ -73,10 +73,7 @@ def pairs_of(part: str, size: Size) -> list[Pair]:
             ((BARE, FEW), (BARE, size.k_max)),
             *(((FULL, k), (BARE, k)) for k in (1, FEW)),
         ],
-        "labels": [
-            *(((name, FEW), (LABELS[0], FEW)) for name in LABELS[1:]),
-            ((SETTLED, FEW), few),
-        ],
+        "labels": [((name, FEW), (LABELS[0], FEW)) for name in LABELS[1:]],
     }[part]
 
 

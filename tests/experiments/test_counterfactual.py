@@ -10,6 +10,7 @@ import torch
 
 from agents.offline import OfflineDreamer, twohot
 from experiments.benchmarks import counterfactual as suite
+from experiments.benchmarks.recorded import rounds_page
 from experiments.config import ConfigError
 from experiments.config.dreamer4 import load_dreamer4
 from experiments.config.models import EnvConfig
@@ -150,7 +151,8 @@ def test_the_suite_runs_and_goes_on(capsys: pytest.CaptureFixture[str], monkeypa
     assert not Path("cf/none/s0/acted").exists()
 
     monkeypatch.setattr("experiments.offline.learn", lambda *_: pytest.fail("it is finished"))
-    assert suite.main([*words, "--json"]) == 0
+    assert suite.main([*words, "--json", "--results", "results.md"]) == 0
+    assert "<!-- end counterfactual smoke -->" in Path("results.md").read_text()
     result = json.loads(capsys.readouterr().out)
     assert len(result["measures"]["gap"]["rounds"]["own"]) == 2
     with pytest.raises(ConfigError, match="another configuration"):
@@ -166,3 +168,21 @@ def test_a_summary_pairs_seeds_and_names_what_changed():
     assert row["change"]["none"]["value"] == 0.0
     gain = row["differences"]["own - none"]
     assert (gain["low"], gain["value"], gain["high"]) == pytest.approx((-0.8, -0.7, -0.6))
+
+
+def test_the_page_tells_each_round_and_whether_the_gap_closed():
+    gap = np.array([[0.9, 0.05], [0.8, -0.25]])
+    found = {"own": {name: np.full((2, 2), 0.9) for name in suite.MEASURES} | {"gap": gap}}
+    online = {"episodes": 64, "finetune": 1000, "imagine": 300, "rounds": 1}
+    result = {
+        "command": "nested bench counterfactual", "commit": "0123456789abcdef", "seeds": 2,
+        "config": {"online": online}, "arms": ["own"],
+        "measures": suite.summary(found, np.random.default_rng(0)),
+    }  # fmt: skip
+    lines = rounds_page.block(result).splitlines()
+    row = next(line for line in lines if line.startswith("| imagined minus real return"))
+    assert row.split(" | ")[2:] == [
+        "0.85 [0.80, 0.90]", "-0.10 [-0.25, 0.05]", "-0.95 [-1.05, -0.85] |"
+    ]  # fmt: skip
+    assert lines[-1].startswith("The gap, +0.850 before, is -0.100 after the last round: 11% of")
+    assert "under 10 % of it in 1 of 2 seeds" in lines[-1]

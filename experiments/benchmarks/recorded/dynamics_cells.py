@@ -59,7 +59,7 @@ class Size(NamedTuple):
     spatial: int = 2
     k_max: int = 64
     apart: float = 0.1
-    updates: int = 1500
+    updates: int = 3000
     batch: int = 32
     lengths: Lengths = Lengths(8, 16, 8)
     rate: float = 3e-3
@@ -84,6 +84,7 @@ SIZES = {
         rollouts=4, drift=8, chunk=4, components=3, shown=2,
     ),
     "laptop": Size(),
+    "large": Size(frames=200_000),  # of which a tenth is enough to learn from
 }
 # fmt: on
 
@@ -115,7 +116,7 @@ VARIANTS = {
     "no-shortcut": Variant("full, no shortcuts", bootstrap=0.0),
     SETTLED: Variant("full, half of the frames clear", settled=0.5),
     "no-actions": Variant("the same, no actions", settled=0.5, labels=0.0),
-    "some-actions": Variant("the same, 10 % of actions", settled=0.5, labels=0.1, favour=0.9),
+    "some-actions": Variant("the same, 10 % of actions", settled=0.5, labels=0.1, favour=1.0),
 }
 
 
@@ -288,8 +289,8 @@ def trained(world: World, name: str, seed: int) -> ShortcutDynamics:
     model, path = make(world, variant, seed), world.root / "models" / f"{name}-s{seed}"
     if not path.with_suffix(".json").exists():
         path.parent.mkdir(exist_ok=True)
-        data = partly(world.train, variant.labels, np.random.default_rng([seed, 3]))
-        data = data.favour(variant.favour)
+        known = partly(world.train, variant.labels, np.random.default_rng([seed, 3]))
+        data = known.favour(variant.favour)
         rng, generator = np.random.default_rng([seed, 2]), torch.Generator().manual_seed(seed)
 
         def losses(update: int) -> dict[str, Tensor]:

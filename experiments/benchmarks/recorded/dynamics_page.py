@@ -283,6 +283,7 @@ def draw_bars(axes: Any, rows: Sequence[Row], result: Row) -> None:
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
     axes.axvline(result["reference"]["real"], color=FAINT, linestyle=(0, (4, 3)))
+    axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel("Fréchet distance; dashes: recordings held out")
     axes.set_title("Dreams from nothing")
     axes.grid(axis="x")
