@@ -135,8 +135,10 @@ def _pairs(found: Mapping[str, Any]) -> str:
 
 
 def interval(row: Mapping[str, float] | None, sign: bool = False) -> str:
-    """`0.553 [0.501, 0.604]`; with a sign for differences."""
+    """`0.553 [0.501, 0.604]`; with a sign for differences. Raw returns have fewer decimals."""
     if row is None:
         return "-"
-    form = "+.3f" if sign else ".3f"
+    largest = max(abs(row[end]) for end in ("value", "low", "high"))
+    digits = 3 if largest < 10 else 1 if largest < 1000 else 0
+    form = f"+.{digits}f" if sign else f".{digits}f"
     return f"{row['value']:{form}} [{row['low']:{form}},{row['high']:{form}}]"

@@ -167,6 +167,8 @@ def test_text_and_page_say_what_the_summary_holds(tmp_path: Path):
     (line,) = [line for line in text.splitlines() if line.startswith("k3 - plain")]
     assert "+0.010 [+0.010,+0.010]" in line
     assert board.interval({"value": 0.5, "low": 0.25, "high": 0.75}) == "0.500 [0.250,0.750]"
+    assert board.interval({"value": -5.0, "low": -12.5, "high": 9.0}, True) == "-5.0 [-12.5,+9.0]"
+    assert board.interval({"value": 1087.4, "low": 900.0, "high": 1200.0}) == "1087 [900,1200]"
     by_name = {(each.stream, each.method): results[each.key] for each in plan}
     (path,) = page.draw(summary, by_name, tmp_path)
     assert path.name == "continual-A-v0.png"
