@@ -90,11 +90,7 @@ SIZES = {
 
 
 class Variant(NamedTuple):
-    """A make of dynamics, and what it learns from.
-
-    settled: share of frames as clear as a context; labels: share of the episodes whose actions it
-    knows; favour: share of the rows of a batch that come from those alone.
-    """
+    """A make of dynamics. labels, favour: share of episodes with actions, of rows from those."""
 
     about: str
     prediction: Literal["x", "v"] = "x"
