@@ -110,9 +110,9 @@ VARIANTS = {
     "x-loss": Variant("+ x-loss", "x", "x", "flat"),
     FULL: Variant("full (+ ramp)"),
     "no-shortcut": Variant("full, no shortcuts", bootstrap=0.0),
-    SETTLED: Variant("full, half of the frames clear", settled=0.5),
-    "no-actions": Variant("the same, no actions", settled=0.5, labels=0.0),
-    "some-actions": Variant("the same, 10 % of actions", settled=0.5, labels=0.1, favour=1.0),
+    SETTLED: Variant("half of the frames clear", settled=0.5),
+    "no-actions": Variant("half clear, no actions", settled=0.5, labels=0.0),
+    "some-actions": Variant("half clear, 10 % of actions", settled=0.5, labels=0.1, favour=1.0),
 }
 
 
