@@ -1,6 +1,7 @@
 """Shortcut forcing: its algebra, levels, what is read and what is not, sampling, learning."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -267,9 +268,9 @@ def test_imagination_takes_the_policy_s_actions_and_leaves_its_start_alone():
     assert not torch.isclose(bold.latents[:, 0], rollout.latents[:, 0]).all()
 
 
-def test_settled_rows_are_seen_whole_and_as_noisy_as_a_context():
-    model, clip = make(apart=1.0), clips()
-    settled = torch.tensor([True, False, True, False])
+@contextmanager
+def levels_told(model: ShortcutDynamics) -> Iterator[list[Levels]]:
+    """The levels of noise that the network is told while it works."""
     told: list[Levels] = []
     tokens = model._tokens
 
@@ -278,11 +279,18 @@ def test_settled_rows_are_seen_whole_and_as_noisy_as_a_context():
         return tokens(z, levels, actions)
 
     model._tokens = spy
-    model.losses(clip, seeded(), settled=settled)
+    yield told
+    model._tokens = tokens
+
+
+def test_settled_rows_are_seen_whole_and_as_noisy_as_a_context():
+    model, clip = make(apart=1.0), clips()
+    settled = torch.tensor([True, False, True, False])
+    with levels_told(model) as told:
+        model.losses(clip, seeded(), settled=settled)
     assert (told[0].signal[settled] == model.kept).all()
     assert (told[0].step[settled] == model.finest).all()
     assert (told[0].signal[~settled] != model.kept).any()
-    model._tokens = tokens
     none = torch.zeros_like(settled)
     plain, same = (model.losses(clip, seeded(), settled=rows)[1] for rows in (None, none))
     assert torch.equal(plain, same)
@@ -296,15 +304,8 @@ def test_settled_rows_are_seen_whole_and_as_noisy_as_a_context():
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_share_of_frames_is_as_clear_as_a_context(share: float):
     model = make(settled=share, k_max=64, bootstrap=0.5)
-    told: list[Levels] = []
-    tokens = model._tokens
-
-    def spy(z: Tensor, levels: Levels, actions: Tensor) -> Tensor:
-        told.append(levels)
-        return tokens(z, levels, actions)
-
-    model._tokens = spy
-    model.losses(clips(64, 32), seeded())
+    with levels_told(model) as told:
+        model.losses(clips(64, 32), seeded())
     clear = (told[0].signal == model.kept) & (told[0].step == model.finest)
     assert clear.float().mean().item() == pytest.approx(share, abs=0.04)
 
