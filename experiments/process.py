@@ -17,6 +17,7 @@ LARGEST = 32 << 20  # bytes; the most that glibc takes for MAPPED
 
 def settle(threads: int) -> None:
     """Use so many processor threads (0: as torch finds it) and keep freed memory, to the peak."""
+    gc.collect()  # what an earlier run left behind must not stay for good
     gc.freeze()
     if threads:
         torch.set_num_threads(threads)

@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments.benchmarks.names import names_in
 from experiments.benchmarks.recorded import rounds_page
-from experiments.benchmarks.recorded.rounds_page import ARMS, MEASURES
+from experiments.benchmarks.recorded.rounds_page import MEASURES
 from experiments.benchmarks.statistics import bootstrap, paired_bootstrap
 from experiments.config import ConfigError
 from experiments.config.dreamer4 import Dreamer4Config, OnlineConfig, load_dreamer4
@@ -29,10 +29,10 @@ from experiments.record import RunError, runs
 from experiments.record.metrics import read
 from experiments.record.run import read_json, revision, write_json
 
-CHANGES: dict[str, dict[str, Any]] = {  # of `online`, by arm
-    "own": {},
-    "random": {"noise": 1.0},
-    "none": {"episodes": 0},
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # and what each changes in `online`
+    "own": ("the policy's own episodes", {}),
+    "random": ("random episodes", {"noise": 1.0}),
+    "none": ("no new episodes, as many updates", {"episodes": 0}),
 }
 PHASES = ("tokenizer", "dynamics", "finetune", "imagine")
 FIXED = ("tracking.mlflow=false", "tracking.pictures=false")
@@ -148,8 +148,9 @@ def collect(asked: argparse.Namespace, arms: Sequence[str]) -> Found:
         print(f"seed {seed}: offline", file=sys.stderr, flush=True)
         base = offline_run(offline)
         for arm in arms:
-            print(f"seed {seed}: {arm}, {ARMS[arm]}", file=sys.stderr, flush=True)
-            rounds = online.online.model_copy(update=CHANGES[arm])
+            about, changes = ARMS[arm]
+            print(f"seed {seed}: {arm}, {about}", file=sys.stderr, flush=True)
+            rounds = online.online.model_copy(update=changes)
             config = online.model_copy(update={"online": rounds})
             path = asked.root / arm / f"s{seed}"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,6 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tier": asked.tier,
         "seeds": seeds,
         "arms": list(found),
+        "about": {arm: ARMS[arm][0] for arm in found},
         "measures": measures,
     }
     out = asked.out or asked.root / "counterfactual.png"

@@ -13,11 +13,6 @@ import numpy as np
 from experiments.benchmarks.results import between, tabled
 from experiments.benchmarks.statistics import Interval, shown
 
-ARMS = {
-    "own": "the policy's own episodes",
-    "random": "random episodes",
-    "none": "no new episodes, as many updates",
-}
 MEASURES = {
     "hallucination": "wrong recipes promised a tool",
     "recognised": "right recipes promised a tool",
@@ -106,7 +101,7 @@ def draw(result: Result, path: Path) -> None:
             for (arm, by_round), colour in zip(row["rounds"].items(), PALETTE, strict=False):
                 x = np.arange(len(by_round))
                 value, low, high = (np.array([r[k] for r in by_round]) for k in Interval._fields)
-                label = f"{arm}: {ARMS[arm]}"
+                label = f"{arm}: {result['about'][arm]}"
                 axes.plot(x, value, color=colour, marker="o", linewidth=1.9, label=label)
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
                 axes.set_xticks(x)
