@@ -190,6 +190,11 @@ def put(path: Path, tier: str, block: str) -> None:
     between(path, begin, end, f"Continual learning, tier {tier}", block)
 
 
+def section(path: Path, mark: str, heading: str, block: str) -> None:
+    """Write a block between `<!-- MARK -->` and `<!-- end MARK -->`, as `between` does."""
+    between(path, f"<!-- {mark} -->", f"<!-- end {mark} -->", heading, block)
+
+
 def between(path: Path, begin: str, end: str, heading: str, block: str) -> None:
     """Write a block between two marks; under a heading at the page's end where it has none."""
     text = path.read_text("utf-8") if path.exists() else "# Results\n"

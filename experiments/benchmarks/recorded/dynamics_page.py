@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks.results import between, listed, tabled
+from experiments.benchmarks.results import listed, section, tabled
 from experiments.benchmarks.statistics import Interval, shown
 
 Row = Mapping[str, Any]
@@ -164,9 +164,8 @@ def pairs_of(row: Row, result: Row) -> list[str]:
 
 def put(path: Path, result: Row) -> None:
     """Write the block between the tier's marks; at the end of the page where it has none."""
-    begin, end = (f"<!-- {word}dynamics {result['tier']} -->" for word in ("", "end "))
     heading = f"World models from recordings, tier {result['tier']}"
-    between(path, begin, end, heading, block(result))
+    section(path, f"dynamics {result['tier']}", heading, block(result))
 
 
 # ---- pictures ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks.results import between, tabled
+from experiments.benchmarks.results import section, tabled
 from experiments.benchmarks.statistics import Interval, shown
 
 MEASURES = {
@@ -41,8 +41,7 @@ def table(result: Result) -> str:
 
 def put(path: Path, result: Result) -> None:
     """Write the block between the tier's marks; at the end of the page where it has none."""
-    begin, end = (f"<!-- {word}counterfactual {result['tier']} -->" for word in ("", "end "))
-    between(path, begin, end, TITLE, block(result))
+    section(path, f"counterfactual {result['tier']}", TITLE, block(result))
 
 
 def block(result: Result) -> str:

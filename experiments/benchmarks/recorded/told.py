@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks.recorded.play import LEARNED, Outcome, Returns
-from experiments.benchmarks.results import between, tabled
+from experiments.benchmarks.results import section, tabled
 from experiments.benchmarks.statistics import (
     RESAMPLES,
     Interval,
@@ -240,4 +240,4 @@ def put(path: Path, command: str, result: Mapping[str, Any]) -> None:
     )
     mark = f"offline {result['env']}"
     heading = f"Learning from recordings alone, {result['env']}"
-    between(path, f"<!-- {mark} -->", f"<!-- end {mark} -->", heading, block)
+    section(path, mark, heading, block)
