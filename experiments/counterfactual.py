@@ -4,10 +4,12 @@ Scripts bring the real environment to a moment before a decision; the model watc
 to there, imagines the decision, and promises a reward; reality takes the same decision. The share
 of wrong decisions for which success is promised and refused is the *hallucination rate*; that of
 right ones for which it is promised tells how often the model believes in success where it should.
-The *exploitation gap* is what a policy's imagined episodes return beyond what its real ones do.
+The *exploitation gap* is what a policy's imagined episodes return beyond what its real ones do,
+both from the same first frames.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +20,11 @@ from agents.offline import OfflineDreamer, twohot
 from experiments.config.dreamer4 import Dreamer4Config
 from experiments.config.models import EnvConfig
 from experiments.data.expert import errand
-from experiments.envs import make_envs, recipes
+from experiments.envs import Envs, make_envs, recipes
 from experiments.envs.build import open_env
 from experiments.envs.rows import encode_choices
 from experiments.envs.slot import FIRST, LAST, REWARD, Slot
+from experiments.policies import of_offline, play
 from worldmodel.shortcut import Clip
 from worldmodel.transformer import Context
 
@@ -186,14 +189,33 @@ def expected_return(reward: Tensor, live: Tensor) -> Tensor:
     return (reward * before).sum(1)
 
 
+@contextmanager
+def starts(config: Dreamer4Config, seed: int) -> Iterator[Envs]:
+    """Environments in which a policy's episodes begin, an episode each; the same by seed."""
+    env = config.env.model_copy(update={"workers": "inprocess"})
+    envs = make_envs(env, config.counterfactual.episodes, seed)
+    try:
+        yield envs
+    finally:
+        envs.close()
+
+
+def real_return(
+    config: Dreamer4Config, agent: OfflineDreamer, seed: int, generator: torch.Generator
+) -> float:
+    """Mean return of real episodes, actions sampled."""
+    with starts(config, seed) as envs:
+        policy = of_offline(agent, envs.num, config.data.image, generator)
+        return float(np.mean(play(envs, policy, envs.num)))
+
+
 @torch.no_grad()
 def imagined_return(
     config: Dreamer4Config, agent: OfflineDreamer, seed: int, generator: torch.Generator
 ) -> float:
-    """Mean return of whole imagined episodes, each from a real first frame."""
-    envs = make_envs(config.env.model_copy(update={"workers": "inprocess"}), config.episodes, seed)
-    image = torch.from_numpy(envs.reset().obs[config.data.image])[:, None].to(generator.device)
-    envs.close()
+    """Mean return of whole imagined episodes, each from the first frame of a real one."""
+    with starts(config, seed) as envs:
+        image = torch.from_numpy(envs.reset().obs[config.data.image])[:, None].to(generator.device)
     first = torch.ones(len(image), 1, dtype=torch.bool, device=generator.device)
     action = torch.zeros(len(image), 1, agent.actions.dim, device=generator.device)
     seen = watch(agent, image, action, first, generator)
@@ -213,16 +235,13 @@ def imagined_return(
 
 
 def counterfactual(
-    config: Dreamer4Config,
-    agent: OfflineDreamer,
-    real: float,
-    seed: int,
-    generator: torch.Generator,
+    config: Dreamer4Config, agent: OfflineDreamer, seed: int, generator: torch.Generator
 ) -> dict[str, float]:
-    """All of it by name; `real` is the mean return of the policy in the environment.
+    """All of it by name.
 
     Moments and first frames depend on the seed alone: every round is measured in the same ones.
     """
+    real = real_return(config, agent, seed, generator)
     imagined = imagined_return(config, agent, seed, generator)
     found = {"real_return": real, "imagined_return": imagined, "gap": imagined - real}
     if config.env.id == recipes.ID:

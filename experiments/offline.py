@@ -90,7 +90,7 @@ def imagine(work: Work) -> None:
         learning = float(work.update >= extra.critic)
         work.learn(dream.losses, {"policy": learning, "value": 1.0}, dream.metrics)
     found = work.evaluate("imagination")
-    work.measure(found)
+    work.measure()
     work.gate("return", found, lambda gate: found >= gate)
 
 

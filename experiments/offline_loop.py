@@ -271,11 +271,11 @@ class Work:
         found = {"frames": clips.frames, "episodes": len(returns), "return": np.mean(returns)}
         self._report({f"round/acted_{key}": float(value) for key, value in found.items()})
 
-    def measure(self, real: float) -> None:
+    def measure(self) -> None:
         """Report what imagination promised beside what reality gave, at the end of a round."""
         seed = self._seed(MEASURE)
         generator = torch.Generator(self.device).manual_seed(seed)
-        found = counterfactual(self.config, self.agent, real, seed, generator)
+        found = counterfactual(self.config, self.agent, seed, generator)
         named = {f"round/{key}": value for key, value in found.items()}
         self._report({"round/number": float(self.stage.round)} | named)
 

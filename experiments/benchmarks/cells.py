@@ -8,14 +8,12 @@ its cells.
 """
 
 import csv
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -23,9 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.benchmarks import metrics
+from experiments.benchmarks.sharing import PAUSE, claim
 from experiments.record.run import revision
 
-PAUSE = 2.0  # seconds between looks at cells that other processes run
 COLUMNS = ("stream", "method", "seed", "after", "task", "metric", "value")
 
 
@@ -114,26 +112,6 @@ def run_cells(
 def there(cells: Iterable[Cell], folder: Path) -> dict[str, Result]:
     """Results by key of the cells that are done; nothing is run."""
     return {cell.key: load(folder / cell.key) for cell in cells if (folder / cell.key).is_dir()}
-
-
-@contextmanager
-def claim(path: Path) -> Iterator[bool]:
-    """Whether this process may run the cell: a lock that ends with its process, however it ends."""
-    file = path.parent / ".locks" / path.name
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(file, os.O_RDWR | os.O_CREAT)
-    try:
-        yield _taken(lock)
-    finally:
-        os.close(lock)
-
-
-def _taken(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def save(path: Path, cell: Cell, result: Result) -> None:

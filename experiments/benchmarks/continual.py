@@ -10,8 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import torch
 from experiments.benchmarks.cells import Cell, Family, Result, collect, run_cells, there
 from experiments.benchmarks.names import names_in
 from experiments.benchmarks.results import page_of, put
+from experiments.benchmarks.sharing import workers
 from experiments.benchmarks.tasks import agent_cells, agent_free
 from experiments.benchmarks.tasks.agent_methods import AGENT_METHODS
 from experiments.benchmarks.tasks.agent_streams import STREAMS
@@ -230,7 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.found:
         results = there(plan, out / "cells")
     else:
-        with others(asked.jobs - 1, sys.argv[1:] if argv is None else argv), Board(plan) as board:
+        words = sys.argv[1:] if argv is None else argv
+        beside = workers("experiments.benchmarks.continual", words, asked.jobs - 1)
+        with beside, Board(plan) as board:
             results = run_cells(plan, FAMILIES, out / "cells", board.show)
     cells = [cell for cell in plan if cell.key in results]
     results = in_units(cells, results)
@@ -282,19 +284,6 @@ def command_of(asked: argparse.Namespace) -> str:
         if (value := getattr(asked, option)) is not None:
             words.append(f"--{option} {value}")
     return " ".join([*words, *asked.changes, f"--jobs 2 --results {asked.results}"])
-
-
-@contextmanager
-def others(count: int, argv: Sequence[str]) -> Iterator[None]:
-    """So many processes beside this one that run cells of the same suite, while this one does."""
-    command = [sys.executable, "-m", "experiments.benchmarks.continual", *argv, "--worker"]
-    started = [subprocess.Popen([*command, "--jobs", "1"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in started:
-            process.terminate()
-            process.wait()
 
 
 if __name__ == "__main__":

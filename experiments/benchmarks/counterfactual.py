@@ -21,6 +21,7 @@ import numpy as np
 from experiments.benchmarks.names import names_in
 from experiments.benchmarks.recorded import rounds_page
 from experiments.benchmarks.recorded.rounds_page import MEASURES
+from experiments.benchmarks.sharing import shared, workers
 from experiments.benchmarks.statistics import bootstrap, paired_bootstrap
 from experiments.config import ConfigError
 from experiments.config.dreamer4 import Dreamer4Config, OnlineConfig, load_dreamer4
@@ -50,6 +51,7 @@ TIERS: dict[str, tuple[int, int, tuple[str, ...]]] = {  # seeds, recorded frames
             *("phases.dynamics.long=5", "online.rounds=1", "online.episodes=2"),
             *("online.finetune=1", "online.imagine=1", "episodes=2"),
             *("counterfactual.contexts=2", "counterfactual.frames=3", "checkpoint.every=0"),
+            "counterfactual.episodes=2",
         ),
     ),
     "laptop": (
@@ -139,26 +141,36 @@ def rounds_of(path: Path) -> Rounds:
 
 def collect(asked: argparse.Namespace, arms: Sequence[str]) -> Found:
     """Run what is missing; measures by arm."""
-    seeds, frames, _ = TIERS[asked.tier]
-    found: dict[str, list[Rounds]] = {arm: [] for arm in arms}
-    for seed in range(asked.seeds or seeds):
-        offline, online = configs_of(asked, seed)
-        if not (asked.root / "data" / "index.json").exists():
-            record_policy(asked.root / "data", "expert", offline.env, frames)
-        print(f"seed {seed}: offline", file=sys.stderr, flush=True)
-        base = offline_run(offline)
-        for arm in arms:
-            about, changes = ARMS[arm]
-            print(f"seed {seed}: {arm}, {about}", file=sys.stderr, flush=True)
-            rounds = online.online.model_copy(update=changes)
-            config = online.model_copy(update={"online": rounds})
-            path = asked.root / arm / f"s{seed}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            found[arm].append(rounds_of(arm_run(base, config, path)))
+    tasks = {seed: asked.root / f"s{seed}" for seed in range(asked.seeds)}
+    found = shared(tasks, lambda seed: arms_of(asked, arms, seed)).values()
     return {
-        arm: {name: np.stack([one[name] for one in rows]) for name in MEASURES}
-        for arm, rows in found.items()
+        arm: {name: np.stack([one[arm][name] for one in found]) for name in MEASURES}
+        for arm in arms
     }
+
+
+def arms_of(asked: argparse.Namespace, arms: Sequence[str], seed: int) -> dict[str, Rounds]:
+    """What every arm of a seed measured."""
+    offline, online = configs_of(asked, seed)
+    print(f"seed {seed}: offline", file=sys.stderr, flush=True)
+    base = offline_run(offline)
+    found = {}
+    for arm in arms:
+        about, changes = ARMS[arm]
+        print(f"seed {seed}: {arm}, {about}", file=sys.stderr, flush=True)
+        rounds = online.online.model_copy(update=changes)
+        config = online.model_copy(update={"online": rounds})
+        path = asked.root / arm / f"s{seed}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found[arm] = rounds_of(arm_run(base, config, path))
+    return found
+
+
+def record(asked: argparse.Namespace) -> None:
+    """The recordings that all seeds learn from, if they are not there yet."""
+    if not (asked.root / "data" / "index.json").exists():
+        env = configs_of(asked, 0)[0].env
+        record_policy(asked.root / "data", "expert", env, TIERS[asked.tier][1])
 
 
 # ---- summary -----------------------------------------------------------------------------------
@@ -187,9 +199,9 @@ def summary(found: Found, rng: np.random.Generator) -> dict[str, Any]:
     return result
 
 
-def command_of(asked: argparse.Namespace, seeds: int, arms: Sequence[str]) -> str:
+def command_of(asked: argparse.Namespace, arms: Sequence[str]) -> str:
     """The command that gives this result again."""
-    words = [f"nested bench counterfactual --tier {asked.tier} --seeds {seeds}"]
+    words = [f"nested bench counterfactual --tier {asked.tier} --seeds {asked.seeds}"]
     return " ".join([*words, f"--arms {','.join(arms)}", *asked.overrides])
 
 
@@ -203,7 +215,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tier", choices=TIERS, default="laptop", help="how much (default laptop)")
     parser.add_argument("--arms", default=",".join(ARMS), help="with commas (default all)")
-    parser.add_argument("--seeds", type=int, default=0, help="how many (default: the tier's)")
+    parser.add_argument("--seeds", type=int, help="how many (default: the tier's)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the seeds")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help="folder (default runs/counterfactual/TIER)")
     parser.add_argument("--out", type=Path, help="the picture (default ROOT/counterfactual.png)")
     parser.add_argument(
@@ -212,20 +226,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="of the preset recipes")
     asked = parser.parse_intermixed_args(argv)
-    if asked.seeds < 0:
-        raise ConfigError("--seeds", asked.seeds, "nothing to run", "give 1 or more")
+    for name in ("seeds", "jobs"):
+        value = vars(asked)[name]
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name}", value, "nothing to run", "give 1 or more")
     asked.root = asked.root or Path("runs/counterfactual") / asked.tier
-    found = collect(asked, names_in(asked.arms, ARMS, "--arms", "arm"))
-    seeds = len(next(iter(found.values()))["gap"])
+    asked.seeds = asked.seeds or TIERS[asked.tier][0]
+    arms = names_in(asked.arms, ARMS, "--arms", "arm")
+    if asked.worker:
+        collect(asked, arms)
+        return 0
+    record(asked)
+    words = sys.argv[1:] if argv is None else argv
+    module, beside = "experiments.benchmarks.counterfactual", min(asked.jobs, asked.seeds) - 1
+    with workers(module, words, beside, asked.root):
+        found = collect(asked, arms)
     measures = summary(found, np.random.default_rng(0))
     result = {
-        "command": command_of(asked, seeds, list(found)),
+        "command": command_of(asked, arms),
         "commit": revision(),
         "config": configs_of(asked, 0)[1].model_dump(),
         "tier": asked.tier,
-        "seeds": seeds,
-        "arms": list(found),
-        "about": {arm: ARMS[arm][0] for arm in found},
+        "seeds": asked.seeds,
+        "arms": arms,
+        "about": {arm: ARMS[arm][0] for arm in arms},
         "measures": measures,
     }
     out = asked.out or asked.root / "counterfactual.png"

@@ -12,19 +12,16 @@ more seeds too, and several processes (--jobs) share the seeds.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.benchmarks.cells import PAUSE, claim
 from experiments.benchmarks.recorded.play import Outcome, outcome, references, succeeds, whole
+from experiments.benchmarks.sharing import shared, workers
 from experiments.config import Config, ConfigError
 from experiments.config.dreamer4 import METHOD, Dreamer4Config, load_dreamer4
 from experiments.config.load import read_tree
@@ -78,6 +75,7 @@ TIERS = {
             *(f"phases.{name}.{field}" for name in PHASES for field in ("length=4", "gate=null")),
             *("phases.dynamics.long=5", "phases.imagine.critic=0", "episodes=2", "log_every=1"),
             *("counterfactual.contexts=1", "counterfactual.frames=3", "checkpoint.every=0"),
+            "counterfactual.episodes=2",
         ),
     ),
     "laptop": Tier("the preset as it is: minutes of one core for each seed", 5, 20_000, 100, ()),
@@ -149,12 +147,12 @@ def world_model(asked: argparse.Namespace) -> Path:
     """The finished base run, with its data; another process that is at it is waited for."""
     config = base_config(asked)
     check_env(Config(env=config.env))
-    while True:
-        with claim(asked.root / "base") as ours:
-            if ours:
-                demonstrate(config, asked)
-                return finished(config)
-        time.sleep(PAUSE)
+
+    def run(name: str) -> Path:
+        demonstrate(config, asked)
+        return finished(config)
+
+    return shared({"base": asked.root / "base"}, run)["base"]
 
 
 def demonstrate(config: Dreamer4Config, asked: argparse.Namespace) -> None:
@@ -188,48 +186,24 @@ def scene(config: Dreamer4Config) -> dict[str, Any]:
 
 
 def collect(asked: argparse.Namespace, base: Path) -> list[Outcome]:
-    """Outcomes in the order of seeds; what is missing is run, but for what another process runs.
+    """Outcomes in the order of seeds; what is missing is run."""
 
-    Seeds of other processes are waited for; should one of them die, its seed is run here.
-    """
-    found: dict[int, Outcome] = {}
-    while len(found) < asked.seeds:
-        before = len(found)
-        for seed in range(asked.seeds):
-            if seed in found:
-                continue
-            with claim(asked.root / f"seed-{seed}") as ours:
-                if ours:
-                    config = seed_config(asked, base, seed)
-                    settle(config.threads)
-                    found[seed] = outcome(finished(config), config, asked.episodes)
-        if len(found) == before:
-            time.sleep(PAUSE)
-    return [found[seed] for seed in range(asked.seeds)]
+    def run(seed: int) -> Outcome:
+        config = seed_config(asked, base, seed)
+        settle(config.threads)
+        return outcome(finished(config), config, asked.episodes)
 
-
-@contextmanager
-def others(asked: argparse.Namespace, argv: Sequence[str]) -> Iterator[list[subprocess.Popen]]:
-    """As many processes as there are jobs, that share the seeds; what they say is in files."""
-    command = [sys.executable, "-m", "experiments.benchmarks.offline", *argv, "--worker"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started: list[subprocess.Popen] = []
-    try:
-        for i in range(min(asked.jobs, asked.seeds)):
-            with (asked.root / f"worker-{i}.log").open("w") as log:
-                started.append(subprocess.Popen(command, stdout=log, stderr=log, env=env))
-        yield started
-    finally:
-        for process in started:
-            process.terminate()
-            process.wait()
+    tasks = {seed: asked.root / f"seed-{seed}" for seed in range(asked.seeds)}
+    return [*shared(tasks, run).values()]
 
 
 def share(asked: argparse.Namespace, argv: Sequence[str]) -> None:
     """Let other processes run the seeds, and show how far each is."""
     from experiments.benchmarks.recorded.board import Board
 
-    with others(asked, argv) as started, Board(asked.root, asked.seeds) as board:
+    jobs = min(asked.jobs, asked.seeds)
+    sharing = workers("experiments.benchmarks.offline", argv, jobs, asked.root)
+    with sharing as started, Board(asked.root, asked.seeds) as board:
         while any(process.poll() is None for process in started):
             board.show()
             time.sleep(1.0)

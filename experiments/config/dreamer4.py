@@ -197,6 +197,7 @@ class CounterfactualConfig(Frozen):
     """How imagination is held against reality at the end of each round."""
 
     contexts: Count = Field(default=32, description="real moments of each kind to decide in")
+    episodes: Count = Field(default=32, description="episodes, really played and imagined")
     frames: Count = Field(default=40, description="longest imagined episode")
 
 

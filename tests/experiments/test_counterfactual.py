@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,10 @@ from experiments.counterfactual import (
     moments,
     promised_by,
     rates,
+    starts,
 )
 from experiments.data.clips import Spec
+from experiments.data.expert import expert_envs
 from experiments.envs.recipes import AGENT, COLOURS, CRAFT, POCKET
 from experiments.offline_loop import build_offline
 from experiments.record.metrics import read
@@ -125,16 +128,31 @@ def test_a_model_that_always_promises_or_never_does(agent: OfflineDreamer, rewar
     assert found["hallucination"] == found["recognised"] == reward
 
 
-def test_the_gap_of_a_known_imagination(agent: OfflineDreamer):
+def test_the_gap_of_a_known_imagination(agent: OfflineDreamer, monkeypatch: pytest.MonkeyPatch):
     """Reward r at every step, an end with probability p: r (1 - (1 - p)^H) / p in H steps."""
-    words = ["env.image_size=16", "env.num=2", "episodes=2", "counterfactual.frames=5"]
+    words = ["env.image_size=16", "counterfactual.frames=5", "counterfactual.episodes=3"]
     config = load_dreamer4("recipes", [*words, "counterfactual.contexts=1"])
     reward = always(agent, 1.0, 0.2)
-    found = counterfactual(config, agent, 0.25, 3, torch.Generator().manual_seed(0))
+    envs, teacher = expert_envs(config.env, 3, noise=0.0, seed=3)  # always makes a tool, worth 1
+    monkeypatch.setattr("experiments.counterfactual.starts", lambda *_: nullcontext(envs))
+    monkeypatch.setattr("experiments.counterfactual.of_offline", lambda *_: teacher)
+    found = counterfactual(config, agent, 3, torch.Generator().manual_seed(0))
     imagined = reward * (1 - 0.8**5) / 0.2
+    assert found["real_return"] == 1.0
     assert found["imagined_return"] == pytest.approx(imagined, rel=1e-4)
-    assert found["gap"] == pytest.approx(imagined - 0.25, rel=1e-4)
+    assert found["gap"] == pytest.approx(imagined - 1.0, rel=1e-4)
     assert found["hallucination"] == 1.0
+
+
+def test_real_and_imagined_episodes_begin_in_the_same_frames():
+    config = load_dreamer4("recipes", ["counterfactual.episodes=3"])
+    rows = []
+    for _ in range(2):
+        with starts(config, 3) as envs:
+            rows.append(envs.reset().obs["image"])
+    assert len(rows[0]) == 3
+    assert np.array_equal(*rows)
+    assert not np.array_equal(rows[0][0], rows[0][1])
 
 
 # ---- the suite ---------------------------------------------------------------------------------
@@ -157,6 +175,8 @@ def test_the_suite_runs_and_goes_on(capsys: pytest.CaptureFixture[str], monkeypa
     assert len(result["measures"]["gap"]["rounds"]["own"]) == 2
     with pytest.raises(ConfigError, match="another configuration"):
         suite.main([*words, "online.share=0.4"])
+    with pytest.raises(ConfigError, match=r"--jobs = 0\nnothing to run"):
+        suite.main([*words, "--jobs", "0"])
 
 
 def test_a_summary_pairs_seeds_and_names_what_changed():

@@ -22,7 +22,7 @@ TINY = [
         for field in ("updates=3", "batch=2", "length=4", "gate=null")
     ),
     *("phases.dynamics.long=6", "phases.imagine.critic=1", "counterfactual.frames=3"),
-    "counterfactual.contexts=2",
+    *("counterfactual.contexts=2", "counterfactual.episodes=2"),
 ]
 
 

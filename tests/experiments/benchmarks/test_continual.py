@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments.benchmarks import cells, continual
+from experiments.benchmarks import cells, continual, sharing
 from experiments.benchmarks.cells import Cell, Result
 from experiments.benchmarks.tasks import (
     agent_cells,
@@ -98,9 +98,9 @@ def test_processes_share_the_cells_and_wait_for_each_other(
         return result()._replace(by_seed={"again/savings": np.array([0.1, 0.2])})
 
     families = {"cl/A-v0": cells.Family({}, {}, lambda cell: None, run)}
-    with cells.claim(tmp_path / plan[0].key) as ours:  # as another process would
+    with sharing.claim(tmp_path / plan[0].key) as ours:  # as another process would
         assert ours
-        with cells.claim(tmp_path / plan[0].key) as theirs:
+        with sharing.claim(tmp_path / plan[0].key) as theirs:
             assert not theirs
 
         def paused(seconds: float) -> None:

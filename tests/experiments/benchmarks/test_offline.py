@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.benchmarks import offline
+from experiments.benchmarks import offline, sharing
 from experiments.benchmarks.recorded import board as offline_board
 from experiments.benchmarks.recorded import page as offline_page
 from experiments.benchmarks.recorded import play as offline_play
@@ -129,7 +129,7 @@ def test_processes_share_the_seeds_and_one_that_dies_is_replaced(
 
         wait = terminate = poll
 
-    monkeypatch.setattr(offline, "subprocess", Namespace(Popen=Dead))
+    monkeypatch.setattr(sharing, "subprocess", Namespace(Popen=Dead))
     monkeypatch.setattr(offline_page, "draw", lambda *_: None)
     assert offline.main([*SMOKE, "--root", str(done), "--seeds", "1", "--jobs", "2"]) == 0
     assert [command[-1] for command in started] == ["--worker"]  # no more than there are seeds
@@ -140,16 +140,16 @@ def test_processes_share_the_seeds_and_one_that_dies_is_replaced(
 def test_a_seed_that_is_taken_is_waited_for(done: Path, monkeypatch: pytest.MonkeyPatch):
     pauses: list[float] = []
     words = asked("--root", str(done), "--seeds", "1")
-    taken = offline.claim(done / "seed-0")
+    taken = sharing.claim(done / "seed-0")
     assert taken.__enter__()
 
     def pause(seconds: float) -> None:
         pauses.append(seconds)
         taken.__exit__(None, None, None)
 
-    monkeypatch.setattr(offline.time, "sleep", pause)
+    monkeypatch.setattr(sharing.time, "sleep", pause)
     assert [one.seed for one in offline.collect(words, folder(done, "base"))] == [0]
-    assert pauses == [offline.PAUSE]
+    assert pauses == [sharing.PAUSE]
 
 
 # ---- configurations ----------------------------------------------------------------------------
