@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 PAUSE = 2.0  # seconds between looks at tasks that other processes run
-K, T = TypeVar("K"), TypeVar("T")
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 @contextmanager
