@@ -8,6 +8,7 @@ colour-blind readers; those of levels run from light (fast) to dark (slow).
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments.record.curves import (
@@ -37,6 +38,7 @@ AGENT_LOSSES = ("policy", "value", "repvalue")
 NAMES = {"default": "evaluation"}  # the context of an environment that has none
 LAST = 3  # evaluations behind a score in the title
 ZOOM = 256  # updates in the raster, at most
+WIDTH = 215  # letters of the title's last line, which then goes on below in smaller ones
 
 
 class Phase(NamedTuple):
@@ -116,9 +118,12 @@ def draw_title(figure: "Figure", facts: Facts) -> None:
     ending = state if state in ("failed", "stopped") else ""
     schedule, spent = schedule_text(facts.levels), f"{frames} frames in {duration(took)}"
     parts = [environment, schedule, spent, ending]
-    figure.text(0.055, 0.967, facts.run.id, fontsize=18, fontweight="bold", color=INK)
-    figure.text(0.055, 0.943, "   ·   ".join(filter(None, parts)), fontsize=11.5, color="#555555")
-    figure.text(0.055, 0.919, outcome(facts), fontsize=11.5, color=INK)
+    figure.text(0.055, 0.972, facts.run.id, fontsize=18, fontweight="bold", color=INK)
+    figure.text(0.055, 0.948, "   ·   ".join(filter(None, parts)), fontsize=11.5, color="#555555")
+    lines = wrap(outcome(facts), WIDTH, break_long_words=False)
+    size = 11.5 if len(lines) == 1 else 8.5
+    text = "\n".join(lines)
+    figure.text(0.055, 0.937, text, va="top", linespacing=1.1, fontsize=size, color=INK)
 
 
 def outcome(facts: Facts) -> str:
@@ -135,6 +140,7 @@ def outcome(facts: Facts) -> str:
     if not parts:
         return "no evaluation yet"
     when = "at the end of each phase" if len(ends) > 1 else "at the end"
+    parts = [part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts]  # a line ends between them
     return f"{';   '.join(parts)}     ({when}, mean of the last {LAST} evaluations)"
 
 

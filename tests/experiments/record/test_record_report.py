@@ -91,7 +91,8 @@ def test_the_outcome_is_the_mean_of_three_evaluations_at_the_end_of_each_phase(t
     for step in range(100, 3001, 100):
         run.log(step, {"eval/normal/score": step / 3000, "eval/normal/return": step / 15})
     facts = gather(run.path)
-    assert outcome(facts).startswith("score in normal 0.30 → 0.63 → 0.97 ")
+    told = outcome(facts).replace("\N{NO-BREAK SPACE}", " ")
+    assert told.startswith("score in normal 0.30 → 0.63 → 0.97 ")
     assert find_cap(facts) == pytest.approx(200) and contexts(facts) == ["normal"]
 
 
@@ -102,7 +103,8 @@ def test_a_plain_environment_has_one_context_no_phases_and_no_cap(tmp_path: Path
     for step in (100, 200, 300):
         run.log(step, {"eval/default/return": -float(step)})
     facts = gather(run.path)
-    assert outcome(facts).startswith("return -200.0 ") and find_cap(facts) is None
+    assert outcome(facts).startswith("return\N{NO-BREAK SPACE}-200.0 ")
+    assert find_cap(facts) is None
     assert "learns in" not in words(draw(facts))
 
 
