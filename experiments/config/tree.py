@@ -52,7 +52,7 @@ def put(tree: Tree, path: Path, value: Any) -> None:
         node[_index(node, last, path, value)] = value
         return
     if last == "kind" and node.get("kind") != value:
-        same = kept(path[0], node) if len(path) == 2 else {}
+        same = kept(path[-2], node) if len(path) > 1 else {}
         node.clear()
         node.update(same)
     for name in DROPPED.get(path, frozenset()) if node.get(last) != value else ():

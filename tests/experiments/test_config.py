@@ -18,6 +18,7 @@ from experiments.config import (
     load_config,
     presets,
 )
+from experiments.config.dreamer4 import load_dreamer4
 from experiments.config.expand import expand
 from experiments.config.explain import explain
 
@@ -228,6 +229,14 @@ def test_another_kind_of_timescales_keeps_the_optimizer():
     other = level(load_config("cartpole", (*words, "timescales.rule.kind=sgd")), "fast").flow
     assert other is not None and other.kind == "descend" and other.rule is not None
     assert other.rule.kind == "sgd"
+
+
+def test_another_kind_of_a_phases_timescales_keeps_its_optimizer():
+    phase = load_dreamer4("recipes", ["phases.finetune.timescales.kind=hare_tortoise"]).phases
+    (tuned, before) = (phase.finetune.timescales, phase.dynamics.timescales)
+    assert tuned.kind == "hare_tortoise"
+    assert tuned.rule == before.rule
+    assert tuned.rule.kind == "laprop"
 
 
 def test_the_same_kind_keeps_its_siblings():
