@@ -1,12 +1,13 @@
 """What a world model gains from shortcut forcing, and from actions. `nested bench dynamics`.
 
-Three questions of Dreamer 4 (arXiv 2509.24527) at a small budget, each a part. `ablation`: the
-paper's cascade from diffusion forcing to the full objective, at four sampling steps a frame.
-`steps`: one to 64 sampling steps, with shortcuts and without. `labels`: how much of what actions
-are worth is kept when only some episodes have them. Models predict held-out recordings with their
-actions (PSNR of decoded frames by horizon) and dream from nothing (Fréchet distance of chunks of
-frames from real ones: a blurred mean frame has a good PSNR and a bad distance). Seeds are pairs.
-What is finished is kept, cell by cell: a command that was cut can be repeated.
+Questions of Dreamer 4 (arXiv 2509.24527) at a small budget, each a part. `ablation`: the paper's
+cascade from diffusion forcing to the full objective, at four sampling steps a frame; `single`: at
+one, since a small world needs fewer. `steps`: one to 64 sampling steps, with shortcuts and without.
+`labels`: how much of what actions are worth is kept when only some episodes have them. Models
+predict held-out recordings with their actions (PSNR of decoded frames by horizon) and dream from
+nothing (Fréchet distance of chunks of frames from real ones: a blurred mean frame has a good PSNR
+and a bad distance). Seeds are pairs. What is finished is kept, cell by cell: a command that was cut
+can be repeated.
 """
 
 import argparse
@@ -38,6 +39,7 @@ SEEDS = {"smoke": 2, "laptop": 3, "large": 3}
 STEPS = (1, 2, 4, 8, 16, 64)
 FEW = 4  # sampling steps of a frame that is imagined in use
 CASCADE = ("v", "shortcut", "x", "x-loss", FULL)
+CASCADES = {"ablation": FEW, "single": 1}  # and the sampling steps of each
 BARE = "no-shortcut"
 LABELS = ("no-actions", "some-actions", SETTLED)
 MEASURES = ("psnr", "mse", "frechet", "ms")
@@ -51,7 +53,10 @@ def keys_of(part: str, size: Size) -> list[Key]:
     """What is measured for a part."""
     steps = [k for k in STEPS if k <= size.k_max]
     return {
-        "ablation": [*((name, FEW) for name in CASCADE), ("v", size.k_max)],
+        **{
+            part: [*((name, k) for name in CASCADE), ("v", size.k_max)]
+            for part, k in CASCADES.items()
+        },
         "steps": [(name, k) for name in (FULL, BARE) for k in steps],
         "labels": [(name, FEW) for name in LABELS],
     }[part]
@@ -60,14 +65,15 @@ def keys_of(part: str, size: Size) -> list[Key]:
 def pairs_of(part: str, size: Size) -> list[Pair]:
     """Which differences a part tells: the first of a pair less the second."""
     few, whole = (FULL, FEW), (FULL, size.k_max)
-    first = (CASCADE[0], FEW)
-    steps = zip(CASCADE[1:], CASCADE, strict=False)
+    steps = [*zip(CASCADE[1:], CASCADE, strict=False), (FULL, CASCADE[0])]
     return {
-        "ablation": [
-            *(((one, FEW), (before, FEW)) for one, before in steps),
-            (few, first),
-            (few, (CASCADE[0], size.k_max)),
-        ],
+        **{
+            part: [
+                *(((one, k), (before, k)) for one, before in steps),
+                ((FULL, k), (CASCADE[0], size.k_max)),
+            ]
+            for part, k in CASCADES.items()
+        },
         "steps": [
             (few, whole),
             ((BARE, FEW), (BARE, size.k_max)),
@@ -77,7 +83,7 @@ def pairs_of(part: str, size: Size) -> list[Pair]:
     }[part]
 
 
-PARTS = ("ablation", "steps", "labels")
+PARTS = (*CASCADES, "steps", "labels")
 
 
 def collect(world: World, parts: Sequence[str], seeds: int) -> Found:

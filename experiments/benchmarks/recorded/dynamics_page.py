@@ -25,9 +25,11 @@ PAPER = {  # FVD of its Table 2, by variant and whether the steps are more than 
     ("ramp", False): 102,
     ("v", True): 306,
 }
+CASCADES = ("ablation", "single")  # parts whose rows are the paper's
 GOOD = {"psnr": 1, "frechet": -1}  # which sign of a difference is better
 TITLES = {
     "ablation": "Shortcut forcing, piece by piece",
+    "single": "Shortcut forcing, piece by piece, one sampling step",
     "steps": "Sampling steps, with shortcuts and without",
     "labels": "Actions for some episodes only",
 }
@@ -70,7 +72,7 @@ def verdict(part: str, row: Row, result: Row) -> str:
         found = row["share"]["interval"]
         name = name_of((row["rows"][1]["variant"], row["rows"][1]["steps"]), result)
         return f"{name}: {shown(found, '.2f')} of the gain in PSNR that all actions give."
-    said = [order(row)] if part == "ablation" else []
+    said = [order(row)] if part in CASCADES else []
     if result["seeds"] < ENOUGH:
         return " ".join([*said, f"Seeds: {result['seeds']}, too few to call a difference clear."])
     for measure, title in (("frechet", "distance"), ("psnr", "PSNR")):
@@ -124,7 +126,7 @@ def block(result: Row) -> str:
         f"{seen['still']:.3f}.",
     ]
     for part, row in result["parts"].items():
-        papers = PAPER if part == "ablation" else {}
+        papers = PAPER if part in CASCADES else {}
         lines += ["", f"### {TITLES[part]}", "", *rows_of(row, result, papers), ""]
         lines += pairs_of(row, result)
         lines += ["", verdict(part, row, result)]
@@ -247,7 +249,7 @@ def draw_labels(figure: Any, row: Row, result: Row) -> None:
     right.legend(frameon=False, loc="lower left")
 
 
-DRAW = {"ablation": draw_ablation, "steps": draw_steps, "labels": draw_labels}
+DRAW = {**dict.fromkeys(CASCADES, draw_ablation), "steps": draw_steps, "labels": draw_labels}
 
 
 def draw_horizon(axes: Any, rows: Sequence[Row], result: Row) -> None:

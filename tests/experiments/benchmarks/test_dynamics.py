@@ -224,6 +224,9 @@ def test_the_share_of_the_gain_is_by_hand():
 def test_a_step_of_the_cascade_is_a_gain_where_its_interval_leaves_out_zero():
     keys = dynamics.keys_of("ablation", SMALL)
     assert keys == [("v", 4), ("shortcut", 4), ("x", 4), ("x-loss", 4), (FULL, 4), ("v", 8)]
+    once = [("v", 1), ("shortcut", 1), ("x", 1), ("x-loss", 1), (FULL, 1), ("v", 8)]
+    assert dynamics.keys_of("single", SMALL) == once
+    assert ((FULL, 1), ("v", 8)) in dynamics.pairs_of("single", SMALL)
     distances = [[90, 95, 93], [40, 47, 42], [44, 43, 43], [20, 21, 23], [21, 20, 26], [39, 40, 41]]
     found = {key: values([20, 21, 22], x) for key, x in zip(keys, distances, strict=True)}
     row = dynamics.summary("ablation", found, SMALL)
@@ -262,7 +265,7 @@ def test_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         assert (root / f"dynamics_{name}.png").stat().st_size > 10_000
     text = page.read_text()
     assert text.startswith("# Results\n\nMine.\n") and text.count("<!-- dynamics smoke -->") == 1
-    assert text.count("### ") == 3
+    assert text.count("### ") == 4
     assert "`nested bench dynamics --tier smoke --seeds 1`: means" in text
     with pytest.raises(ConfigError, match="another size"):
         dynamics.main([*words, "--updates", "4"])
@@ -273,7 +276,7 @@ def test_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     [
         (["--seeds", "-1"], "(?s)--seeds.*give 1 or more"),
         (["--updates", "-5"], "(?s)--updates.*give 1 or more"),
-        (["--part", "step"], "ablation,steps,labels,all"),
+        (["--part", "step"], "ablation,single,steps,labels,all"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_trained(words: list[str], told: str, tmp_path: Path):
