@@ -232,11 +232,12 @@ def test_another_kind_of_timescales_keeps_the_optimizer():
 
 
 def test_another_kind_of_a_phases_timescales_keeps_its_optimizer():
-    phase = load_dreamer4("recipes", ["phases.finetune.timescales.kind=hare_tortoise"]).phases
-    (tuned, before) = (phase.finetune.timescales, phase.dynamics.timescales)
-    assert tuned.kind == "hare_tortoise"
-    assert tuned.rule == before.rule
-    assert tuned.rule.kind == "laprop"
+    before = load_dreamer4("recipes").phases.imagine.timescales
+    after = load_dreamer4("recipes", ["phases.imagine.timescales.kind=lookahead"])
+    assert before.kind == "plain"
+    assert after.phases.imagine.timescales.kind == "lookahead"
+    assert after.phases.imagine.timescales.rule == before.rule
+    assert before.rule.kind == "laprop"
 
 
 def test_the_same_kind_keeps_its_siblings():
