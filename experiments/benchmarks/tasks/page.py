@@ -205,7 +205,8 @@ def _differences(axes: "Axes", pairs: Mapping[str, Any], metrics: Sequence[str])
     axes.set_title("differences, paired by seed, 95 %")
     axes.grid(axis="x")
     if pairs:
-        axes.legend(frameon=False, fontsize=8.5)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.05), "ncols": len(metrics)}
+        axes.legend(frameon=False, fontsize=8.5, **below)
 
 
 def _costs(axes: "Axes", methods: Mapping[str, Any]) -> None:
