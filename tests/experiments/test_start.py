@@ -80,7 +80,7 @@ def test_its_first_update_sees_that_world_model_and_encodes_nothing_again(
 
     monkeypatch.setattr(Work, "learn", look)
     monkeypatch.setattr(Work, "evaluate", lambda work, name: 0.0)  # acting encodes what it sees
-    monkeypatch.setattr(Work, "measure", lambda work, real: None)
+    monkeypatch.setattr(Work, "measure", lambda work: None)
     monkeypatch.setattr("worldmodel.Tokenizer.encode_next", encode)
     copy = shutil.copytree(taught, Path("copy"))
     path = learn(configure(room, f"start={copy}", "phases.imagine.updates=0"))
