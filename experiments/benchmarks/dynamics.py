@@ -31,6 +31,7 @@ from experiments.benchmarks.recorded.dynamics_cells import (
     World,
     measured,
 )
+from experiments.benchmarks.recorded.dynamics_page import CASCADES
 from experiments.benchmarks.statistics import bootstrap, paired_bootstrap
 from experiments.config import ConfigError
 from experiments.record.run import write_json
@@ -39,7 +40,6 @@ SEEDS = {"smoke": 2, "laptop": 3, "large": 3}
 STEPS = (1, 2, 4, 8, 16, 64)
 FEW = 4  # sampling steps of a frame that is imagined in use
 CASCADE = ("v", "shortcut", "x", "x-loss", FULL)
-CASCADES = {"ablation": FEW, "single": 1}  # and the sampling steps of each
 BARE = "no-shortcut"
 LABELS = ("no-actions", "some-actions", SETTLED)
 MEASURES = ("psnr", "mse", "frechet", "ms")

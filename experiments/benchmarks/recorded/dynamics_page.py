@@ -25,7 +25,7 @@ PAPER = {  # FVD of its Table 2, by variant and whether the steps are more than 
     ("ramp", False): 102,
     ("v", True): 306,
 }
-CASCADES = ("ablation", "single")  # parts whose rows are the paper's
+CASCADES = {"ablation": 4, "single": 1}  # parts whose rows are the paper's: sampling steps
 GOOD = {"psnr": 1, "frechet": -1}  # which sign of a difference is better
 TITLES = {
     "ablation": "Shortcut forcing, piece by piece",
