@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from worldmodel.heads import sample, unimix
-from worldmodel.nets import addmm, block_matmul, plus, rms
+from worldmodel.nets import addmm, block_matmul, plus, rms, silu_of_rms
 
 
 class Weights(NamedTuple):
@@ -63,8 +63,13 @@ def enter(w: Weights, deter: Tensor, stoch: Tensor, keep: Tensor) -> tuple[Tenso
 
 def embedded(w: Weights, deter: Tensor, stoch: Tensor) -> Tensor:
     """Both states, deter (B, D) and stoch (B, S * C), as what recurs mixes them in: (B, 2 h)."""
+    return F.silu(rms(both(w, deter, stoch), w.scale_in, 2)).flatten(1)
+
+
+def both(w: Weights, deter: Tensor, stoch: Tensor) -> Tensor:
+    """The products (B, 2, h) of both states that `embedded` norms."""
     linear = addmm(w.deter_bias, deter, w.deter_in), addmm(w.stoch_bias, stoch, w.stoch_in)
-    return F.silu(rms(torch.stack(linear, 1), w.scale_in, 2)).flatten(1)
+    return torch.stack(linear, 1)
 
 
 def recur(w: Weights, deter: Tensor, x: Tensor, recalled: Tensor | None, bias: Tensor) -> Tensor:
@@ -79,18 +84,24 @@ def recur(w: Weights, deter: Tensor, x: Tensor, recalled: Tensor | None, bias: T
     return torch.lerp(deter.view_as(update), candidate, update).flatten(1)
 
 
+def embed_(w: Weights, deter: Tensor, stoch: Tensor) -> Tensor:
+    """`embedded` where no gradient is wanted."""
+    return silu_of_rms(both(w, deter, stoch), w.scale_in, 2).flatten(1)
+
+
 def advance(w: Weights, deter: Tensor, x: Tensor, recalled: Tensor | None, bias: Tensor) -> Tensor:
     """`recur` where no gradient is wanted: in place, and the blocks stay apart until the end."""
-    mixed = addmm(bias, x, w.mix_state).add_(block_matmul(deter, w.mix_deter))
+    mixed = addmm(bias, x, w.mix_state)
+    apart(w.mix_deter, mixed).add_(block_product(apart(w.mix_deter, deter), w.mix_deter))
     if recalled is not None:
         mixed = addmm(mixed, recalled, w.mix_memory)
-    return gated(w.gates, w.gates_bias, deter, F.silu(rms(mixed, w.mix_scale), inplace=True))
+    return gated(w.gates, w.gates_bias, deter, silu_of_rms(mixed, w.mix_scale))
 
 
 def gated(weight: Tensor, bias: Tensor, deter: Tensor, hidden: Tensor) -> Tensor:
     """The state (B, D) that the gates (K, n, 3 n) of hidden (B, D) make of deter (B, D)."""
-    gates = torch.matmul(apart(weight, hidden), weight)
-    gates = gates.add_(bias.view(*weight.shape[:-2], 1, -1).to(gates.dtype))
+    bias = bias.view(*weight.shape[:-2], 1, -1)
+    gates = block_product(apart(weight, hidden), weight, bias)
     reset, candidate, update = gates.unflatten(-1, (3, -1)).unbind(-2)
     # tanh(x) = 2 sigmoid(2 x) - 1, which takes half as long on a CPU
     candidate = candidate.mul_(reset.sigmoid_()).mul_(2).sigmoid_().mul_(2).sub_(1)
@@ -102,6 +113,14 @@ def gated(weight: Tensor, bias: Tensor, deter: Tensor, hidden: Tensor) -> Tensor
         out=apart(weight, new),
     )
     return new
+
+
+def block_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (K, B, in) as of `apart` times weight (K, in, out), plus bias (K, 1, out)."""
+    if weight.ndim > 3:
+        product = torch.matmul(x, weight)
+        return product if bias is None else product.add_(bias.to(product.dtype))
+    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
 
 
 def apart(weight: Tensor, x: Tensor) -> Tensor:

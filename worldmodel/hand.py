@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from worldmodel.cell import Draw, Weights
 from worldmodel.heads import sample, softmax
-from worldmodel.nets import EPSILON, addmm, matmul, outer, sum_rows
+from worldmodel.nets import addmm, inverse_rms, matmul, outer, sum_rows
 
 aten: Any = torch.ops.aten
 
@@ -110,7 +110,7 @@ def spread(w: Weights, rows: int) -> Weights:
 
 def normed(x: Tensor, scale: Tensor) -> Normed:
     """x over its root mean square, and times its scale."""
-    factor = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(EPSILON).rsqrt_().unsqueeze(-1)
+    factor = inverse_rms(x)
     normal = x * factor
     return Normed(normal, factor, normal * scale)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nested import fast as fast_state
-from worldmodel.cell import Draw, Plain, Weights, advance, embedded
+from worldmodel.cell import Draw, Plain, Weights, advance, embed_
 from worldmodel.heads import Draws, race, sample, unimix
 from worldmodel.nets import MLP, BlockLinear, Dense, RMSNorm, affine, matmul, read_dtype, readable
 from worldmodel.tape import Filter, Tape
@@ -179,7 +179,7 @@ class RSSM(nn.Module):
             torch.cat([deter, stoch.flatten(1)], -1, out=feature)
             action = policy(feature)
             embed, bias = embedding(action)
-            x = embedded(weights, deter, stoch.flatten(1))
+            x = embed_(weights, deter, stoch.flatten(1))
             recalled, fast = recall(x, embed, fast)
             deter = advance(weights, deter, x, recalled, bias)
             stoch = sample(self.prior(deter), noise[h])

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from worldmodel.nets import BlockLinear, NormSiLU, RMSNorm, norm_silu, symexp, symlog
+from worldmodel.nets import (
+    BlockLinear,
+    NormSiLU,
+    RMSNorm,
+    norm_silu,
+    rms,
+    silu_of_rms,
+    symexp,
+    symlog,
+)
 
 
 def test_norm_silu_by_hand_has_the_values_and_gradients_of_its_parts():
@@ -20,6 +29,19 @@ def test_norm_silu_by_hand_has_the_values_and_gradients_of_its_parts():
         strict=True,
     ):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [(4,), (2, 4), (3, 4), (3, 2, 4)])
+def test_in_place_where_no_gradient_is_wanted(scale: tuple[int, ...], dtype: torch.dtype):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 2, 4, generator=g, dtype=torch.float64).to(dtype)
+    weight = torch.rand(scale, generator=g, dtype=torch.float64).to(dtype)
+    ndim = 1 if scale in [(4,), (3, 4)] else 2  # the others have three groups, or none
+    before = x.clone()
+    found, expected = silu_of_rms(x, weight, ndim), F.silu(rms(x, weight, ndim))
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("rows", [2, 9000])
