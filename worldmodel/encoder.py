@@ -23,7 +23,7 @@ from worldmodel.nets import (
     norm_silu,
     symlog,
 )
-from worldmodel.stages import PART, doubled_error, down, images_in, up
+from worldmodel.stages import PART, doubled_error, down, first_down, images_in, up
 from worldmodel.types import ObsSpec
 
 MULTIPLES = (2, 3, 4, 4)
@@ -90,8 +90,9 @@ class Encoder(nn.Module):
         return (tokens[0] if len(tokens) == 1 else torch.cat(tokens)).view(*lead, -1)
 
     def _convolve(self, images: Tensor) -> Tensor:
-        x = images.float().div_(255).sub_(0.5)
-        for conv, norm in zip(self.convs, self.norms, strict=True):
+        stages = zip(self.convs, self.norms, strict=True)
+        x = first_down(*next(stages), images)
+        for conv, norm in stages:
             x = down(conv, norm, x)
         return x.flatten(1)
 

@@ -15,12 +15,21 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from worldmodel.conv import Doubling, Down, doubled, image_error, nchw, squares
-from worldmodel.nets import EPSILON, MANY, RMSNorm, at_least_float32, norm_silu, readable
+from worldmodel.conv import Doubling, Down, doubled, halved_bytes, image_error, nchw, squares
+from worldmodel.nets import (
+    EPSILON,
+    EPSILONS,
+    RMSNorm,
+    at_least_float32,
+    norm_silu,
+    readable,
+)
 
 BLOCK = 1 << 21  # elements of a convolution's output that a thread works on before the next
 PART = 1 << 25  # and of those that go into one node: an image batch of 16 x 64 at depth 4
 NARROW = 8  # channels that fill half a vector register, or less
+LARGE = 1 << 15  # elements from which `norm_silu_` pays
+FOUR = torch.eye(4)[..., None]  # times a scale (C,): what four rows are multiplied by at once
 
 aten = torch.ops.aten
 
@@ -40,17 +49,33 @@ def down(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(conv, Down) and isinstance(norm, RMSNorm)
     if conv.kind == "faithful" and by_hand(x, conv.weight):
         return DownStage.apply(low(x), conv.weight, conv.bias, norm.weight)
-    y = conv.forward(x)
-    if torch.is_grad_enabled() or y.numel() < MANY or y.device.type != "cpu":
+    return normed(norm, conv.forward(x))
+
+
+def first_down(conv: nn.Module, norm: nn.Module, images: Tensor) -> Tensor:
+    """`down` of the bytes of images (N, H, W, in), each of which stands for x / 255 - 0.5."""
+    assert isinstance(conv, Down) and isinstance(norm, RMSNorm)
+    few = conv.kind == "strided" and len(conv.weight) <= NARROW
+    exact = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    if few and exact and eager(images, conv.weight):
+        return normed(norm, halved_bytes(images, conv.weight, conv.bias))
+    return down(conv, norm, images.float().div_(255).sub_(0.5))
+
+
+def normed(norm: RMSNorm, y: Tensor) -> Tensor:
+    """silu(norm(y)) of a convolution's output (N, H, W, C), in place where nobody learns."""
+    plain = torch.is_grad_enabled() or y.device.type != "cpu" or y.dtype not in EPSILONS
+    if plain or y.numel() < LARGE or y.shape[:-1].numel() % len(FOUR):
         return norm_silu(norm, y)
     return norm_silu_(y, norm.weight)
 
 
 def norm_silu_(x: Tensor, scale: Tensor) -> Tensor:
     """silu(norm(x)) in place of x (..., C): products are what few channels do not slow down."""
-    rows = x.reshape(-1, x.shape[-1])
-    factor = torch.mv(rows * rows, torch.full_like(scale, 1 / len(scale))).add_(EPSILON).rsqrt_()
-    return F.silu(rows.mul_(torch.outer(factor, scale)), inplace=True).view(x.shape)
+    rows, share = x.reshape(-1, x.shape[-1]), torch.full_like(scale, 1 / len(scale))
+    factor = torch.addmv(EPSILONS[x.dtype], rows * rows, share).rsqrt_()
+    factor = torch.mm(factor.view(-1, len(FOUR)), (FOUR * scale).flatten(1))
+    return F.silu(x.mul_(factor.view(x.shape)), inplace=True)
 
 
 def up(kernel: Doubling, norm: nn.Module, x: Tensor) -> Tensor:
@@ -70,8 +95,12 @@ def doubled_error(kernel: Doubling, x: Tensor, target: Tensor) -> Tensor:
 
 def by_hand(x: Tensor, weight: Tensor) -> bool:
     """Whether the nodes of this file are wanted for x."""
-    on_cpu = x.device.type == "cpu" and torch.is_grad_enabled()
-    return on_cpu and not readable(x) and not readable(weight)
+    return torch.is_grad_enabled() and eager(x, weight)
+
+
+def eager(x: Tensor, weight: Tensor) -> bool:
+    """Whether operations run one by one, on a CPU."""
+    return x.device.type == "cpu" and not readable(x) and not readable(weight)
 
 
 def low(x: Tensor) -> Tensor:

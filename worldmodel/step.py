@@ -8,11 +8,10 @@ that it mixes in one product with the weights as they are stored.
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from worldmodel.cell import apart, gated
+from worldmodel.cell import apart, block_product, gated
 from worldmodel.heads import Draws, race, sample
-from worldmodel.nets import EPSILON, addmm, rms, times
+from worldmodel.nets import addmm, silu_of_rms
 from worldmodel.rssm import RSSM, MemoryUse
 from worldmodel.types import Carry, Latent
 
@@ -49,8 +48,7 @@ def embedded(dynamics: RSSM, deter: Tensor, stoch: Tensor, action: Tensor) -> Te
     both = zip(layers, inputs, strict=True)
     linear = [addmm(to.linear.bias, x, to.linear.weight) for to, x in both]
     scale = torch.stack([to.norm.weight for to in layers], -2)
-    normal = F.rms_norm(torch.stack(linear, 1), (dynamics.hidden,), None, EPSILON)
-    return F.silu(times(normal, scale, 2), inplace=True).flatten(1)
+    return silu_of_rms(torch.stack(linear, 1), scale, 2).flatten(1)
 
 
 def recurred(dynamics: RSSM, deter: Tensor, x: Tensor) -> Tensor:
@@ -59,7 +57,8 @@ def recurred(dynamics: RSSM, deter: Tensor, x: Tensor) -> Tensor:
     *groups, blocks, _, out = weight.shape
     old = apart(weight, deter)
     read = x.view(*groups, 1, -1, x.shape[-1]).expand(*old.shape[:-1], -1)
-    mixed = torch.matmul(torch.cat([old, read], -1), weight[..., : n + x.shape[-1], :])
-    mixed = mixed.add_(dynamics.mixed.bias.view(*groups, blocks, 1, out)).transpose(-2, -3)
-    hidden = F.silu(rms(mixed.reshape(deter.shape), dynamics.mixed_norm.weight), inplace=True)
+    bias = dynamics.mixed.bias.view(*groups, blocks, 1, out)
+    rows = torch.cat([old, read], -1)
+    mixed = block_product(rows, weight[..., : n + x.shape[-1], :], bias).transpose(-2, -3)
+    hidden = silu_of_rms(mixed.reshape(deter.shape), dynamics.mixed_norm.weight)
     return gated(dynamics.gates.weight, dynamics.gates.bias, deter, hidden)

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from worldmodel.conv import Down, Up, image_error, interleave, max_pool, plain_image_error
+from worldmodel.conv import (
+    Down,
+    Up,
+    halved_bytes,
+    image_error,
+    interleave,
+    max_pool,
+    plain_image_error,
+)
 from worldmodel.nets import init_weight
 
 
@@ -48,6 +56,19 @@ def test_patches_that_are_gathered_are_a_strided_convolution(size: tuple[int, in
     with torch.no_grad():
         ours = layer(x)
     torch.testing.assert_close(ours, textbook.permute(0, 2, 3, 1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(1, 64, 64), (3, 8, 4), (2, 2, 12)])
+def test_bytes_are_convolved_as_what_they_stand_for(size: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    layer = Down(3, 5, "strided").double()
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randint(256, (*size, 3), dtype=torch.uint8)
+    stood = F.pad(nchw(x.double() / 255 - 0.5), (1, 1, 1, 1))
+    textbook = F.conv2d(stood, layer.weight, layer.bias, stride=2).permute(0, 2, 3, 1)
+    with torch.no_grad():
+        ours = halved_bytes(x, layer.weight, layer.bias)
+    torch.testing.assert_close(ours, textbook, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["faithful", "strided"])

@@ -10,7 +10,17 @@ from torch.nn import functional as F
 from worldmodel import Decoder, Encoder, ObsSpec, stages
 from worldmodel.conv import Down, Kind, Up, doubled, image_error, nchw
 from worldmodel.nets import RMSNorm, norm_silu
-from worldmodel.stages import doubled_error, down, norm_silu_, pair, pairs, unpooled, up
+from worldmodel.stages import (
+    doubled_error,
+    down,
+    first_down,
+    norm_silu_,
+    normed,
+    pair,
+    pairs,
+    unpooled,
+    up,
+)
 
 WIDTHS = [(3, 8), (8, 12), (4, 5), (16, 9)]
 
@@ -165,12 +175,50 @@ def test_the_norm_of_few_channels_without_gradients(width: int) -> None:
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("count", [1, 6, 16])
 @pytest.mark.parametrize("kind", ["faithful", "strided"])
-def test_an_encoder_gives_the_same_tokens_without_gradients(kind: Kind) -> None:
-    spec = {"image": ObsSpec("image", (64, 64, 3))}
-    encoder = Encoder(spec, 4, 8, 1, kind)
-    image = torch.randint(256, (6, 64, 64, 3), dtype=torch.uint8)
-    expected = encoder({"image": image[:, None]})[:, 0]
+@pytest.mark.parametrize("keys", [["near"], ["near", "far"]])
+def test_an_encoder_gives_the_same_tokens_without_gradients(
+    kind: Kind, keys: list[str], count: int
+) -> None:
+    spec = {key: ObsSpec("image", (64, 64, IMAGES[key].shape[2])) for key in keys}
+    encoder = drifted(Encoder(spec, 4, 8, 1, kind))
+    images = {k: torch.randint(256, (count, *spec[k].shape), dtype=torch.uint8) for k in keys}
+    expected = encoder({key: image[:, None] for key, image in images.items()})[:, 0]
     with torch.no_grad():
-        ours = encoder({"image": image})
+        ours = encoder(images)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+def drifted(encoder: Encoder) -> Encoder:
+    """Off the zeros and ones that biases and scales start with."""
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return encoder
+
+
+def test_odd_counts_of_rows_and_low_precision_have_a_plain_norm() -> None:
+    norm = norm_of(16).float()
+    for count, dtype, error in ((2049, torch.float32, 1e-5), (2048, torch.bfloat16, 0.03)):
+        y = torch.randn(count, 1, 1, 16, dtype=dtype)
+        expected = norm_silu(norm, y.float())
+        with torch.no_grad():
+            assert y.numel() >= stages.LARGE
+            ours = normed(norm, y)
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.float(), expected, rtol=error, atol=error)
+
+
+def test_bytes_under_transforms_and_autocast_take_the_readable_path() -> None:
+    conv, norm = Down(3, 8, "strided"), RMSNorm(8)
+    image = torch.randint(256, (2, 16, 16, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = first_down(conv, norm, image)
+        mapped = torch.func.vmap(lambda row: first_down(conv, norm, row[None])[0])(image)
+        torch.testing.assert_close(mapped, expected, rtol=0, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = first_down(conv, norm, image)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), expected, rtol=0.03, atol=0.03)
