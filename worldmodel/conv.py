@@ -115,12 +115,11 @@ def halved_bytes(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     n, height, width, channels = x.shape
     frame = weight.new_full((n, height + 2, width + 2, channels), GREY)
     frame[:, 1:-1, 1:-1] = x
-    run = 4 * channels
+    taps, run = weight.permute(0, 2, 3, 1).flatten(2) / 255, 4 * channels
     both = weight.new_zeros(2, len(weight), 4, run + 2 * channels)
-    torch.div(weight.permute(0, 2, 3, 1).flatten(2), 255, out=both[0, ..., :run])
-    both[1, ..., -run:] = both[0, ..., :run]
+    both[0, ..., :run] = both[1, ..., -run:] = taps
     kernel = both.view(-1, 4, 3, 2 * channels)
-    zero = bias - weight.sum((1, 2, 3)) / 2
+    zero = torch.sub(bias, weight.sum((1, 2, 3)), alpha=0.5)
     rows = frame.view(n, height + 2, -1, 2 * channels)
     y = F.conv2d(nchw(rows), nchw(kernel), torch.cat([zero, zero]), stride=2)
     return y.permute(0, 2, 3, 1).reshape(n, height // 2, width // 2, -1)

@@ -64,8 +64,9 @@ def first_down(conv: nn.Module, norm: nn.Module, images: Tensor) -> Tensor:
 
 def normed(norm: RMSNorm, y: Tensor) -> Tensor:
     """silu(norm(y)) of a convolution's output (N, H, W, C), in place where nobody learns."""
-    plain = torch.is_grad_enabled() or y.device.type != "cpu" or y.dtype not in EPSILONS
-    if plain or y.numel() < LARGE or y.shape[:-1].numel() % len(FOUR):
+    if y.numel() < LARGE or torch.is_grad_enabled() or y.device.type != "cpu":
+        return norm_silu(norm, y)
+    if y.dtype not in EPSILONS or y.numel() % (len(FOUR) * y.shape[-1]):
         return norm_silu(norm, y)
     return norm_silu_(y, norm.weight)
 

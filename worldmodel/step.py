@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from worldmodel.cell import apart, block_product, gated
-from worldmodel.heads import Draws, race, sample
-from worldmodel.nets import addmm, silu_of_rms
+from worldmodel.heads import Draws, race
+from worldmodel.nets import addmm, at_least_float32, silu_of_rms
 from worldmodel.rssm import RSSM, MemoryUse
 from worldmodel.types import Carry, Latent
 
@@ -32,13 +32,15 @@ def step(
     """
     keep = (~first).to(tokens.dtype)[:, None]
     deter, stoch = carry.latent.deter * keep, carry.latent.stoch.flatten(1) * keep
-    x = embedded(dynamics, deter, stoch, action * keep)
-    state, embed = x.split([2 * dynamics.hidden, dynamics.hidden], -1)
-    recalled, fast = dynamics.recall(use, forget)(state, embed, carry.fast)
-    deter = recurred(dynamics, deter, x if recalled is None else torch.cat([x, recalled], -1))
+    x, fast = embedded(dynamics, deter, stoch, action * keep), carry.fast
+    if dynamics.memory is not None:
+        state, embed = x.split([2 * dynamics.hidden, dynamics.hidden], -1)
+        recalled, fast = dynamics.recall(use, forget)(state, embed, fast)
+        x = x if recalled is None else torch.cat([x, recalled], -1)
+    deter = recurred(dynamics, deter, x)
     logits = dynamics.posterior_net(torch.cat([deter, tokens], -1))
     noise = race((len(deter), dynamics.stoch, dynamics.classes), generator)
-    return Carry(Latent(deter, sample(dynamics.probs(logits), noise)), fast)
+    return Carry(Latent(deter, chosen(logits.view(noise.shape), noise, dynamics.mix)), fast)
 
 
 def embedded(dynamics: RSSM, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
@@ -62,3 +64,13 @@ def recurred(dynamics: RSSM, deter: Tensor, x: Tensor) -> Tensor:
     mixed = block_product(rows, weight[..., : n + x.shape[-1], :], bias).transpose(-2, -3)
     hidden = silu_of_rms(mixed.reshape(deter.shape), dynamics.mixed_norm.weight)
     return gated(dynamics.gates.weight, dynamics.gates.bias, deter, hidden)
+
+
+def chosen(logits: Tensor, noise: Tensor, mix: float) -> Tensor:
+    """`sample` of `unimix` (B, S, C): whoever wins the race wins it before they sum to one."""
+    logits = at_least_float32(logits)
+    raised = (logits - logits.amax(-1, keepdim=True)).exp_()
+    total, even = raised.sum(-1, keepdim=True), mix / logits.shape[-1]
+    weights = torch.add(raised.mul_(1 - mix), total, alpha=even)
+    index = weights.mul_(noise).max(-1, keepdim=True).indices
+    return weights.zero_().scatter_(-1, index, 1.0)
