@@ -15,13 +15,23 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from worldmodel.conv import Doubling, Down, doubled, halved_bytes, image_error, nchw, squares
+from worldmodel.conv import (
+    GREY,
+    Doubling,
+    Down,
+    doubled,
+    halved_bytes,
+    image_error,
+    nchw,
+    squares,
+)
 from worldmodel.nets import (
     EPSILON,
     EPSILONS,
     RMSNorm,
     at_least_float32,
     norm_silu,
+    read_dtype,
     readable,
 )
 
@@ -55,6 +65,9 @@ def down(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
 def first_down(conv: nn.Module, norm: nn.Module, images: Tensor) -> Tensor:
     """`down` of the bytes of images (N, H, W, in), each of which stands for x / 255 - 0.5."""
     assert isinstance(conv, Down) and isinstance(norm, RMSNorm)
+    if conv.kind == "faithful" and by_hand(images, conv.weight):
+        x = images.to(read_dtype(conv.weight)).sub_(GREY)  # which bfloat16 does not round
+        return DownStage.apply(x, conv.weight / 255, conv.bias, norm.weight)
     few = conv.kind == "strided" and len(conv.weight) <= NARROW
     exact = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     if few and exact and eager(images, conv.weight):
@@ -150,10 +163,10 @@ def norm_silu_back(grad: Tensor, scale: Scale, kept: Kept) -> tuple[Tensor, Tens
     normal = at_least_float32(kept.normal)
     product = torch.mul(normal.flatten(2), scale.rows).view(normal.shape)
     grad = aten.silu_backward(grad.to(normal.dtype), product)
-    product = torch.mul(grad, normal, out=product).view(-1, normal.shape[-1])
-    share = torch.mv(product, scale.share).view(kept.factor.shape)
+    product = torch.mul(grad, normal, out=product)
+    share = torch.mv(product.view(-1, normal.shape[-1]), scale.share).view(kept.factor.shape)
     grad.flatten(2).mul_(scale.rows)
-    return grad.addcmul_(normal, share).mul_(kept.factor), product.sum(0)
+    return grad.addcmul_(normal, share).mul_(kept.factor), over_pixels(product)
 
 
 def over_pixels(grad: Tensor) -> Tensor:
@@ -280,7 +293,7 @@ class ErrorStage(torch.autograd.Function):
         for x_, target_, gradient_, loss_ in blocks:
             y = nhwc(F.conv2d(nchw(x_), kernel, add, padding=1))
             predicted = at_least_float32(y).sigmoid_()
-            error = squares(target_).to(predicted.dtype).mul_(-1 / 255).add_(predicted)
+            error = torch.sub(predicted, squares(target_).to(predicted.dtype), alpha=1 / 255)
             torch.linalg.vector_norm(error.flatten(1), dim=1, out=loss_)
             gradient_.copy_(aten.sigmoid_backward(error, predicted))
         ctx.save_for_backward(x, weight, gradient)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from worldmodel import Decoder, Encoder, ObsSpec, stages
-from worldmodel.conv import Down, Kind, Up, doubled, image_error, nchw
+from worldmodel.conv import GREY, Down, Kind, Up, doubled, image_error, nchw
 from worldmodel.nets import RMSNorm, norm_silu
 from worldmodel.stages import (
     doubled_error,
@@ -64,6 +64,19 @@ def test_down_is_its_readable_twin(widths: tuple[int, int]) -> None:
     agree(lambda: down(conv, norm, x), lambda: norm_silu(norm, conv(x)), inputs)
     pixels = x.detach()  # the first stage: nothing before it learns
     agree(lambda: down(conv, norm, pixels), lambda: norm_silu(norm, conv(pixels)), inputs[1:])
+
+
+def test_the_first_stage_reads_bytes() -> None:
+    conv, norm, _ = down_of(3, 8)
+    image = torch.randint(256, (5, 8, 12, 3), dtype=torch.uint8)
+    stood, inputs = image.double() / 255 - 0.5, [conv.weight, conv.bias, norm.weight]
+    agree(lambda: first_down(conv, norm, image), lambda: norm_silu(norm, conv(stood)), inputs)
+
+
+def test_low_precision_does_not_round_bytes_around_grey() -> None:
+    values = torch.arange(256, dtype=torch.uint8)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(values.to(dtype).sub_(GREY).double(), values.double() - GREY)
 
 
 @pytest.mark.parametrize("kind", ["faithful", "strided"])
