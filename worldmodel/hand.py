@@ -96,10 +96,11 @@ class LeaveGrads(NamedTuple):
 
 
 def spread(w: Weights, rows: int) -> Weights:
-    """w, with scales and the gates' bias (K, 3 n) as they broadcast over so many rows."""
+    """w as it broadcasts over so many rows; the bias (K, 3 n) holds the update gates' -1."""
     n = w.groups
-    bias = w.gates_bias.unflatten(-1, (w.blocks, -1))
-    wide = (w.scale_in, w.mix_scale, w.post_scale, bias)
+    bias = w.gates_bias.unflatten(-1, (w.blocks, 3, -1)).clone()
+    bias[..., 2, :] -= 1
+    wide = (w.scale_in, w.mix_scale, w.post_scale, bias.flatten(-2))
     if n:
         wide = tuple(x.repeat_interleave(rows // n, 0) for x in wide)
     scale_in, mix_scale, post_scale, bias = wide
@@ -120,12 +121,19 @@ def blocks(w: Weights, x: Tensor) -> Tensor:
     return x.view(len(x), w.blocks, -1)
 
 
-def block_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (R, K, in) times K blocks (K, in, out) -> (R, K, out), whose rows may lie apart."""
-    if weight.ndim == 3:
-        return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
-    rows = x.reshape(len(weight), -1, *x.shape[1:]).transpose(1, 2)
-    return torch.matmul(rows, weight).transpose(1, 2).flatten(0, 1)
+def block_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (R, K, in) times K blocks (K, in, out) -> (R, K, out), whose rows may lie apart.
+
+    bias: (K, out), or (R, K, out) for groups.
+    """
+    if weight.ndim > 3:
+        rows = x.reshape(len(weight), -1, *x.shape[1:]).transpose(1, 2)
+        product = torch.matmul(rows, weight).transpose(1, 2).flatten(0, 1)
+        return product if bias is None else product.add_(bias)
+    rows = x.transpose(0, 1)
+    if bias is None:
+        return torch.bmm(rows, weight).transpose(0, 1)
+    return torch.baddbmm(bias.unsqueeze(1), rows, weight).transpose(0, 1)
 
 
 def enter(w: Weights, deter: Tensor, stoch: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Entered]:
@@ -153,9 +161,9 @@ def leave(
         mixed = addmm(mixed, recalled, w.mix_memory)
     mix = normed(mixed, w.mix_scale)
     hidden = F.silu(mix.scaled)
-    gates = block_product(blocks(w, hidden), w.gates).add_(w.gates_bias)
+    gates = block_product(blocks(w, hidden), w.gates, w.gates_bias)
     reset, inner, update = gates.unflatten(-1, (3, -1)).unbind(-2)
-    reset, update = reset.sigmoid(), (update - 1).sigmoid_()
+    reset, update = reset.sigmoid_(), update.sigmoid_()
     candidate = torch.tanh(reset * inner)
     new = torch.empty_like(deter)
     torch.lerp(blocks(w, deter), candidate, update, out=blocks(w, new))

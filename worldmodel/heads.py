@@ -158,6 +158,9 @@ def softmax(logits: Tensor) -> Tensor:
     """Probabilities (..., C). On a CPU torch's own takes fifteen times longer for few classes."""
     if logits.shape[-1] >= FEW or logits.device.type != "cpu":
         return logits.softmax(-1)
+    if not torch.is_grad_enabled():
+        raised = (logits - logits.amax(-1, keepdim=True)).exp_()
+        return raised.div_(raised.sum(-1, keepdim=True))
     raised = (logits - logits.detach().amax(-1, keepdim=True)).exp()
     return raised / raised.sum(-1, keepdim=True)
 
@@ -202,6 +205,16 @@ def sample(probs: Tensor, noise: Tensor) -> Tensor:
     # of few classes `max` finds the place in half of the time that `argmax` takes on a CPU
     index = (probs.detach() * noise).max(-1, keepdim=True).indices
     return torch.zeros_like(probs).scatter_(-1, index, 1.0)
+
+
+def chosen(logits: Tensor, noise: Tensor, mix: float) -> Tensor:
+    """`sample` of `unimix` (..., C): whoever wins the race wins it before they sum to one."""
+    logits = at_least_float32(logits)
+    raised = (logits - logits.amax(-1, keepdim=True)).exp_()
+    total, even = raised.sum(-1, keepdim=True), mix / logits.shape[-1]
+    weights = torch.add(raised.mul_(1 - mix), total, alpha=even)
+    index = weights.mul_(noise).max(-1, keepdim=True).indices
+    return weights.zero_().scatter_(-1, index, 1.0)
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:

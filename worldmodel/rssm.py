@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nested import fast as fast_state
 from worldmodel.cell import Draw, Plain, Weights, advance, embed_
-from worldmodel.heads import Draws, race, sample, unimix
+from worldmodel.heads import Draws, chosen, race, unimix
 from worldmodel.nets import MLP, BlockLinear, Dense, RMSNorm, affine, matmul, read_dtype, readable
 from worldmodel.tape import Filter, Tape
 from worldmodel.types import Carry, Latent
@@ -182,7 +182,8 @@ class RSSM(nn.Module):
             x = embed_(weights, deter, stoch.flatten(1))
             recalled, fast = recall(x, embed, fast)
             deter = advance(weights, deter, x, recalled, bias)
-            stoch = sample(self.prior(deter), noise[h])
+            logits = self.prior_net(deter).view(noise[h].shape)
+            stoch = chosen(logits, noise[h], self.mix)
             actions.append(action)
         last = torch.cat([deter, stoch.flatten(1)], -1).to(features.dtype)
         return Dream(features, last, torch.stack(actions, 1))
@@ -244,11 +245,11 @@ class RSSM(nn.Module):
         table = torch.cat(rows, -1).view(*groups, len(choices), -1)
         sizes = [self.hidden, self.deter]
 
-        def chosen(action: Tensor) -> tuple[Tensor, Tensor]:
+        def looked_up(action: Tensor) -> tuple[Tensor, Tensor]:
             embed, bias = matmul(action, table).split(sizes, -1)
             return embed, bias
 
-        return chosen
+        return looked_up
 
     def probs(self, logits: Tensor) -> Tensor:
         """Probabilities (..., S, C) of logits (..., S * C)."""

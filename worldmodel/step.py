@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from worldmodel.cell import apart, block_product, gated
-from worldmodel.heads import Draws, race
-from worldmodel.nets import addmm, at_least_float32, silu_of_rms
+from worldmodel.heads import Draws, chosen, race
+from worldmodel.nets import addmm, silu_of_rms
 from worldmodel.rssm import RSSM, MemoryUse
 from worldmodel.types import Carry, Latent
 
@@ -64,13 +64,3 @@ def recurred(dynamics: RSSM, deter: Tensor, x: Tensor) -> Tensor:
     mixed = block_product(rows, weight[..., : n + x.shape[-1], :], bias).transpose(-2, -3)
     hidden = silu_of_rms(mixed.reshape(deter.shape), dynamics.mixed_norm.weight)
     return gated(dynamics.gates.weight, dynamics.gates.bias, deter, hidden)
-
-
-def chosen(logits: Tensor, noise: Tensor, mix: float) -> Tensor:
-    """`sample` of `unimix` (B, S, C): whoever wins the race wins it before they sum to one."""
-    logits = at_least_float32(logits)
-    raised = (logits - logits.amax(-1, keepdim=True)).exp_()
-    total, even = raised.sum(-1, keepdim=True), mix / logits.shape[-1]
-    weights = torch.add(raised.mul_(1 - mix), total, alpha=even)
-    index = weights.mul_(noise).max(-1, keepdim=True).indices
-    return weights.zero_().scatter_(-1, index, 1.0)

@@ -5,7 +5,16 @@ import torch
 from torch.nn import functional as F
 
 from worldmodel import TwoHot
-from worldmodel.heads import cross_entropy, kl, race, sample, softmax, softmax_back, unimix
+from worldmodel.heads import (
+    chosen,
+    cross_entropy,
+    kl,
+    race,
+    sample,
+    softmax,
+    softmax_back,
+    unimix,
+)
 
 
 def test_two_hot_starts_at_zero_and_its_loss_is_minimal_at_the_target():
@@ -132,3 +141,14 @@ def test_softmax_is_torch_s(classes: int):
     a, b = (torch.autograd.grad(y, logits, push)[0] for y in (ours, theirs))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     torch.testing.assert_close(softmax_back(push, ours.detach()), b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.01, 0.5, 1.0])
+@pytest.mark.parametrize("scale", [1, 200])
+def test_chosen_is_a_sample_of_the_mixture(mix: float, scale: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(64, 8, 4, generator=generator, dtype=torch.float64)
+    noise = race(logits.shape, generator).double()
+    assert torch.equal(chosen(logits, noise, mix), sample(unimix(logits, mix), noise))
+    low = chosen(logits.bfloat16(), noise, mix)
+    assert torch.equal(low.double(), sample(unimix(logits.bfloat16(), mix), noise).double())

@@ -8,9 +8,7 @@ from nested import fast as fast_state
 from tests.worldmodel.small import CONTINUOUS, MIXED, VECTOR, make_agent, make_batch, split
 from tests.zoo import MEMORIES
 from worldmodel import Batch, Carry
-from worldmodel.heads import race, sample, unimix
 from worldmodel.rssm import MemoryUse
-from worldmodel.step import chosen
 
 SEEDS = 3
 
@@ -80,14 +78,3 @@ def test_fast_weights_are_forgotten_where_observe_forgets(forget: str) -> None:
     ours, theirs = both(agent, batch._replace(user=user))
     assert_same(ours, theirs)
     assert torch.equal(ours.user, user[:, -1])
-
-
-@pytest.mark.parametrize("mix", [0.0, 0.01, 0.5, 1.0])
-@pytest.mark.parametrize("scale", [1, 200])
-def test_chosen_is_a_sample_of_the_mixture(mix: float, scale: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = scale * torch.randn(64, 8, 4, generator=generator, dtype=torch.float64)
-    noise = race(logits.shape, generator).double()
-    assert torch.equal(chosen(logits, noise, mix), sample(unimix(logits, mix), noise))
-    low = chosen(logits.bfloat16(), noise, mix)
-    assert torch.equal(low.double(), sample(unimix(logits.bfloat16(), mix), noise).double())
