@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from worldmodel.cell import Draw, Weights
+from worldmodel.cell import Draw, Weights, block_product
 from worldmodel.heads import sample, softmax
 from worldmodel.nets import addmm, inverse_rms, matmul, outer, sum_rows
 
@@ -96,16 +96,16 @@ class LeaveGrads(NamedTuple):
 
 
 def spread(w: Weights, rows: int) -> Weights:
-    """w as it broadcasts over so many rows; the bias (K, 3 n) holds the update gates' -1."""
+    """w as it broadcasts over so many rows; the bias (K, 1, 3 n) holds the update gates' -1."""
     n = w.groups
-    bias = w.gates_bias.unflatten(-1, (w.blocks, 3, -1)).clone()
+    bias = w.gates_bias.unflatten(-1, (w.blocks, 1, 3, -1)).clone()
     bias[..., 2, :] -= 1
-    wide = (w.scale_in, w.mix_scale, w.post_scale, bias.flatten(-2))
+    wide = (w.scale_in, w.mix_scale, w.post_scale)
     if n:
         wide = tuple(x.repeat_interleave(rows // n, 0) for x in wide)
-    scale_in, mix_scale, post_scale, bias = wide
+    scale_in, mix_scale, post_scale = wide
     return w._replace(
-        scale_in=scale_in, mix_scale=mix_scale, post_scale=post_scale, gates_bias=bias
+        scale_in=scale_in, mix_scale=mix_scale, post_scale=post_scale, gates_bias=bias.flatten(-2)
     )
 
 
@@ -121,19 +121,12 @@ def blocks(w: Weights, x: Tensor) -> Tensor:
     return x.view(len(x), w.blocks, -1)
 
 
-def block_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (R, K, in) times K blocks (K, in, out) -> (R, K, out), whose rows may lie apart.
-
-    bias: (K, out), or (R, K, out) for groups.
-    """
-    if weight.ndim > 3:
-        rows = x.reshape(len(weight), -1, *x.shape[1:]).transpose(1, 2)
-        product = torch.matmul(rows, weight).transpose(1, 2).flatten(0, 1)
-        return product if bias is None else product.add_(bias)
-    rows = x.transpose(0, 1)
-    if bias is None:
-        return torch.bmm(rows, weight).transpose(0, 1)
-    return torch.baddbmm(bias.unsqueeze(1), rows, weight).transpose(0, 1)
+def by_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`block_product` of x (R, K, in) -> (R, K, out), whose rows may lie apart."""
+    if weight.ndim == 3:
+        return block_product(x.transpose(0, 1), weight, bias).transpose(0, 1)
+    rows = x.reshape(len(weight), -1, *x.shape[1:]).transpose(1, 2)
+    return block_product(rows, weight, bias).transpose(1, 2).flatten(0, 1)
 
 
 def enter(w: Weights, deter: Tensor, stoch: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Entered]:
@@ -156,12 +149,12 @@ def leave(
 ) -> tuple[Tensor, Tensor, Tensor, Left]:
     """As cell.recur, then cell.infer but for the gradient of the draw."""
     mixed = addmm(bias, x, w.mix_state)
-    blocks(w, mixed).add_(block_product(blocks(w, deter), w.mix_deter))
+    blocks(w, mixed).add_(by_rows(blocks(w, deter), w.mix_deter))
     if recalled is not None:
         mixed = addmm(mixed, recalled, w.mix_memory)
     mix = normed(mixed, w.mix_scale)
     hidden = F.silu(mix.scaled)
-    gates = block_product(blocks(w, hidden), w.gates, w.gates_bias)
+    gates = by_rows(blocks(w, hidden), w.gates, w.gates_bias)
     reset, inner, update = gates.unflatten(-1, (3, -1)).unbind(-2)
     reset, update = reset.sigmoid_(), update.sigmoid_()
     candidate = torch.tanh(reset * inner)
@@ -222,9 +215,9 @@ def leave_back(
     g_seen = down(s.seen, g_read)
     g_new = blocks(w, addmm(g_new, g_seen, w.post_deter.mT))
     g_gates = (g_new.unsqueeze(2) * s.gates).flatten(2)
-    g_hidden = block_product(g_gates, w.gates.mT).flatten(1)
+    g_hidden = by_rows(g_gates, w.gates.mT).flatten(1)
     g_mixed = down(s.mixed, g_hidden)
-    g_deter = block_product(blocks(w, g_mixed), w.mix_deter.mT)
+    g_deter = by_rows(blocks(w, g_mixed), w.mix_deter.mT)
     g_deter = torch.addcmul(g_deter, g_new, s.kept).flatten(1)
     grads = LeaveGrads(g_mixed, g_hidden, g_gates, g_seen, g_read, g_logits)
     return g_deter, matmul(g_mixed, w.mix_state.mT), grads

@@ -158,9 +158,6 @@ def softmax(logits: Tensor) -> Tensor:
     """Probabilities (..., C). On a CPU torch's own takes fifteen times longer for few classes."""
     if logits.shape[-1] >= FEW or logits.device.type != "cpu":
         return logits.softmax(-1)
-    if not torch.is_grad_enabled():
-        raised = (logits - logits.amax(-1, keepdim=True)).exp_()
-        return raised.div_(raised.sum(-1, keepdim=True))
     raised = (logits - logits.detach().amax(-1, keepdim=True)).exp()
     return raised / raised.sum(-1, keepdim=True)
 
@@ -212,9 +209,7 @@ def chosen(logits: Tensor, noise: Tensor, mix: float) -> Tensor:
     logits = at_least_float32(logits)
     raised = (logits - logits.amax(-1, keepdim=True)).exp_()
     total, even = raised.sum(-1, keepdim=True), mix / logits.shape[-1]
-    weights = torch.add(raised.mul_(1 - mix), total, alpha=even)
-    index = weights.mul_(noise).max(-1, keepdim=True).indices
-    return weights.zero_().scatter_(-1, index, 1.0)
+    return sample(torch.add(raised.mul_(1 - mix), total, alpha=even), noise)
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
