@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from agents.heads import Actor, Critic
+from agents.heads import Actor, Critic, policy_of
 from agents.returns import ReturnScale, by_group, lambda_return, standardized
 from nested import fast
 from worldmodel import Batch, Carry, Posterior, WorldModel, features
@@ -77,8 +77,7 @@ class Dreamer(nn.Module):
         """Encoded action (B, A) for rows (B, ...), and the carry after them."""
         with torch.inference_mode():
             after = self.world.step(row, carry, generator, use)
-            params = self.actor(features(*after.latent))
-            action = self.actor.sample(params, generator)
+            action = policy_of(self.actor, 1, generator)(features(*after.latent))
         return fast.tree_map(outside, (action, after))
 
     def losses(
@@ -120,9 +119,10 @@ class Dreamer(nn.Module):
     ) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
         """Losses of actor and critic in imagination; returns, slow values (B, K) of its starts."""
         starts = self.world.starts(posterior, self.starts)
+        recording = self.actor.net.recording(starts.latent.deter)
         dream = self.world.dynamics.imagine(
             starts,
-            lambda feature: self.actor.sample(self.actor(feature), generator),
+            policy_of(self.actor, self.horizon, generator, recording),
             self.horizon,
             self.imagine_memory,
             generator,
@@ -142,7 +142,7 @@ class Dreamer(nn.Module):
         if self.standardize:
             advantage = standardized(advantage, by_group(weight, scale))
         advantage = advantage.view(returns.shape)
-        params = self.actor(dream.feature)
+        params = self.actor(dream.feature, recording)
         entropy = self.actor.entropy(params)
         log_prob = self.actor.log_prob(params, dream.action)
         policy = -weight * (log_prob * advantage + self.entropy * entropy)

@@ -9,7 +9,8 @@ Doubt is counted in units of what is usual on data: zero there on average, and l
 import torch
 from torch import Tensor, nn
 
-from worldmodel.nets import MLP, at_least_float32
+from worldmodel.mlp import MLP
+from worldmodel.nets import at_least_float32
 from worldmodel.scale import RunningRMS
 
 

@@ -6,12 +6,14 @@ are categoricals with 1 % uniform mixing; continuous ones a normal with bounded 
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from worldmodel.heads import Draws, TwoHot, drawn, race, sample, unimix
-from worldmodel.nets import MLP, at_least_float32
+from worldmodel.heads import Draws, TwoHot, chosen, drawn, race, unimix
+from worldmodel.mlp import MLP, Recording
+from worldmodel.nets import at_least_float32
 from worldmodel.types import ActionSpec
 
 Critic = TwoHot
@@ -29,20 +31,23 @@ class DiscreteActor(nn.Module):
         one_hot = torch.eye(spec.dim) if len(spec.sizes) == 1 else None
         self.register_buffer("choices", one_hot, persistent=False)  # all actions, or None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, recording: Recording | None = None) -> Tensor:
         """Probabilities (..., A): each block sums to one."""
+        raw = self.net(x, recording)
         if len(self.sizes) == 1:
-            return unimix(self.net(x), self.mix)
-        blocks = self.net(x).split(self.sizes, -1)
-        return torch.cat([unimix(block, self.mix) for block in blocks], -1)
+            return unimix(raw, self.mix)
+        return torch.cat([unimix(block, self.mix) for block in raw.split(self.sizes, -1)], -1)
 
-    def sample(self, probs: Tensor, generator: Draws) -> Tensor:
-        """A draw (..., A)."""
-        noise = race(probs.shape, generator)
+    def noise(self, steps: int, rows: int, generator: Draws) -> Sequence[Tensor]:
+        """What `sample` draws with at each step: (rows, A)."""
+        return race((steps, rows, sum(self.sizes)), generator, 1).unbind(0)
+
+    def sample(self, raw: Tensor, noise: Tensor) -> Tensor:
+        """A draw (rows, A), from what the network gives."""
         if len(self.sizes) == 1:
-            return sample(probs, noise)
-        blocks = zip(probs.split(self.sizes, -1), noise.split(self.sizes, -1), strict=True)
-        return torch.cat([sample(p, n) for p, n in blocks], -1)
+            return chosen(raw, noise, self.mix)
+        blocks = zip(raw.split(self.sizes, -1), noise.split(self.sizes, -1), strict=True)
+        return torch.cat([chosen(p, n, self.mix) for p, n in blocks], -1)
 
     def log_prob(self, probs: Tensor, action: Tensor) -> Tensor:
         """log pi(action) (...), summed over components."""
@@ -69,16 +74,28 @@ class ContinuousActor(nn.Module):
         self.choices = None
         self.net = MLP(n_in, 2 * spec.dim, units, layers, scale=0.01)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, recording: Recording | None = None) -> Tensor:
         """Mean and deviation, (..., 2 * A)."""
-        mean, deviation = at_least_float32(self.net(x)).chunk(2, -1)
+        return self.params(self.net(x, recording))
+
+    def params(self, raw: Tensor) -> Tensor:
+        """`forward`, of what the network gives."""
+        mean, deviation = at_least_float32(raw).chunk(2, -1)
         spread = (self.high - self.low) * (deviation + 2.0).sigmoid() + self.low
         return torch.cat([mean.tanh(), spread], -1)
 
-    def sample(self, params: Tensor, generator: Draws) -> Tensor:
-        """A draw (..., A); it may leave [-1, 1], where the environment's border clips it."""
-        mean, deviation = params.detach().chunk(2, -1)
-        return mean + deviation * normal(mean.shape, generator)
+    def noise(self, steps: int, rows: int, generator: Draws) -> Sequence[Tensor]:
+        """What `sample` draws with at each step: (rows, A)."""
+        shape = rows, self.net.out.weight.shape[-1] // 2
+        return [drawn(torch.randn, shape, generator, 0) for _ in range(steps)]
+
+    def sample(self, raw: Tensor, noise: Tensor) -> Tensor:
+        """A draw (rows, A), from what the network gives.
+
+        It may leave [-1, 1], where the environment's border clips it.
+        """
+        mean, deviation = self.params(raw.detach()).chunk(2, -1)
+        return mean + deviation * noise
 
     def log_prob(self, params: Tensor, action: Tensor) -> Tensor:
         """log pi(action) (...), summed over dimensions."""
@@ -92,12 +109,21 @@ class ContinuousActor(nn.Module):
         return (deviation.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
-def normal(shape: torch.Size, generator: Draws) -> Tensor:
-    """Standard normal noise on the generator's device."""
-    return drawn(torch.randn, shape, generator, 0)
-
-
 Actor = DiscreteActor | ContinuousActor
+
+
+def policy_of(
+    actor: Actor, steps: int, generator: Draws, recording: Recording | None = None
+) -> Callable[[Tensor], Tensor]:
+    """Features (N, F) to actions (N, A), for so many steps; nothing is drawn before the first."""
+    noise: list[Tensor] = []
+
+    def act(feature: Tensor) -> Tensor:
+        if not noise:
+            noise.extend(actor.noise(steps, len(feature), generator)[::-1])
+        return actor.sample(actor.net(feature, recording), noise.pop())
+
+    return act
 
 
 def make_actor(n_in: int, spec: ActionSpec, units: int, layers: int, mix: float = 0.01) -> Actor:

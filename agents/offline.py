@@ -23,7 +23,8 @@ from agents.ensemble import Ensemble
 from agents.pmpo import pmpo
 from agents.returns import lambda_return
 from worldmodel.heads import Binary, TwoHot
-from worldmodel.nets import Dense, Linear
+from worldmodel.mlp import Dense
+from worldmodel.nets import Linear
 from worldmodel.scale import RunningRMS
 from worldmodel.shortcut import Clip, ShortcutDynamics
 from worldmodel.tokenizer import Tokenizer

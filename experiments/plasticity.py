@@ -21,7 +21,7 @@ from experiments.driver import replayed_batch, unpack
 from worldmodel import Batch, Carry, Decoder, Encoder, features
 from worldmodel.conv import Up
 from worldmodel.encoder import flat_entry
-from worldmodel.nets import MLP
+from worldmodel.mlp import MLP
 from worldmodel.stages import down, up
 
 DORMANT = 0.025  # tau for ReLU, as in ReDo

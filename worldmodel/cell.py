@@ -1,8 +1,8 @@
 """The recurrent step of the RSSM as the paper (arXiv 2301.04104) writes it.
 
 `enter`, `recur` and `infer` are the step; `Plain` runs it, and autograd differentiates it: so do
-second derivatives and torch.func. `advance` is `recur` in place, for where no gradient is wanted.
-tape.py has the same step with a backward by hand; the two agree to rounding.
+second derivatives and torch.func. tape.py has the same step with a backward by hand, prior.py and
+step.py where no gradient is wanted; they agree to rounding.
 
 Shapes: B batch, D deterministic state in K blocks of n, h hidden, S x C stochastic state.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from worldmodel.heads import sample, unimix
-from worldmodel.nets import addmm, block_matmul, plus, rms, silu_of_rms
+from worldmodel.nets import addmm, block_matmul, plus, rms, tanh_
 
 
 class Weights(NamedTuple):
@@ -84,27 +84,12 @@ def recur(w: Weights, deter: Tensor, x: Tensor, recalled: Tensor | None, bias: T
     return torch.lerp(deter.view_as(update), candidate, update).flatten(1)
 
 
-def embed_(w: Weights, deter: Tensor, stoch: Tensor) -> Tensor:
-    """`embedded` where no gradient is wanted."""
-    return silu_of_rms(both(w, deter, stoch), w.scale_in, 2).flatten(1)
-
-
-def advance(w: Weights, deter: Tensor, x: Tensor, recalled: Tensor | None, bias: Tensor) -> Tensor:
-    """`recur` where no gradient is wanted: in place, and the blocks stay apart until the end."""
-    mixed = addmm(bias, x, w.mix_state)
-    apart(w.mix_deter, mixed).add_(block_product(apart(w.mix_deter, deter), w.mix_deter))
-    if recalled is not None:
-        mixed = addmm(mixed, recalled, w.mix_memory)
-    return gated(w.gates, w.gates_bias, deter, silu_of_rms(mixed, w.mix_scale))
-
-
 def gated(weight: Tensor, bias: Tensor, deter: Tensor, hidden: Tensor) -> Tensor:
     """The state (B, D) that the gates (K, n, 3 n) of hidden (B, D) make of deter (B, D)."""
     bias = bias.view(*weight.shape[:-2], 1, -1)
     gates = block_product(apart(weight, hidden), weight, bias)
     reset, candidate, update = gates.unflatten(-1, (3, -1)).unbind(-2)
-    # tanh(x) = 2 sigmoid(2 x) - 1, which takes half as long on a CPU
-    candidate = candidate.mul_(reset.sigmoid_()).mul_(2).sigmoid_().mul_(2).sub_(1)
+    candidate = tanh_(candidate.mul_(reset.sigmoid_()))
     new = torch.empty_like(deter)
     torch.lerp(
         apart(weight, deter),

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from worldmodel.conv import Doubling, Down, Kind, Up, doubled, image_error
+from worldmodel.mlp import Dense
 from worldmodel.nets import (
     BlockLinear,
-    Dense,
     Linear,
     RMSNorm,
     at_least_float32,

@@ -9,15 +9,16 @@ Shapes: those of cell.py. R rows are those of one step, B, or of all of them, B 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from worldmodel.cell import Draw, Weights, block_product
-from worldmodel.heads import sample, softmax
-from worldmodel.nets import addmm, inverse_rms, matmul, outer, sum_rows
+from worldmodel.heads import evened, sample, softmax
+from worldmodel.nets import addmm, epsilon_of, inverse_rms, matmul, outer, sum_rows, tanh_
+from worldmodel.script import scripted
 
 aten: Any = torch.ops.aten
 
@@ -45,13 +46,18 @@ class Entered(NamedTuple):
     stoch: Tensor  # (R, S * C)
     embedded: Normed  # (R, 2, h)
 
+    @classmethod
+    def of(cls, kept: Sequence[Tensor]) -> Self:
+        """From the list that `enter` makes."""
+        deter, stoch, *embedded = kept
+        return cls(deter, stoch, Normed(*embedded))
+
 
 class Left(NamedTuple):
     """What `leave` keeps."""
 
     deter: Tensor  # (R, D)
     x: Tensor  # (R, 2 h)
-    recalled: Tensor | tuple[()]  # (R, h)
     mixed: Normed  # (R, D)
     hidden: Tensor  # (R, D)
     reset: Tensor  # (R, K, n), and the next three
@@ -62,6 +68,18 @@ class Left(NamedTuple):
     seen: Normed  # (R, h)
     read: Tensor  # (R, h)
     soft: Tensor  # (R, S, C)
+    recalled: Tensor | None  # (R, h)
+
+    @classmethod
+    def of(cls, kept: Sequence[Tensor]) -> Self:
+        """From the list that `leave` makes."""
+        mixed, seen = Normed(*kept[2:5]), Normed(*kept[11:14])
+        recalled = kept[16] if len(kept) > 16 else None
+        hidden, reset, inner, candidate, update, new = kept[5:11]
+        gating = (reset, inner, candidate, update)
+        return cls(
+            kept[0], kept[1], mixed, hidden, *gating, new, seen, kept[14], kept[15], recalled
+        )
 
 
 class Slopes(NamedTuple):
@@ -109,32 +127,36 @@ def spread(w: Weights, rows: int) -> Weights:
     )
 
 
-def normed(x: Tensor, scale: Tensor) -> Normed:
-    """x over its root mean square, and times its scale."""
-    factor = inverse_rms(x)
+def normed(x: Tensor, scale: Tensor, epsilon: Tensor | None = None) -> list[Tensor]:
+    """x over its root mean square, what made it so, and the first times its scale: a `Normed`."""
+    factor = inverse_rms(x, epsilon)
     normal = x * factor
-    return Normed(normal, factor, normal * scale)
+    return [normal, factor, normal * scale]
 
 
 def blocks(w: Weights, x: Tensor) -> Tensor:
     """x (R, K * n) as (R, K, n)."""
-    return x.view(len(x), w.blocks, -1)
+    return x.view(x.shape[0], w.gates.shape[-3], -1)
 
 
 def by_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`block_product` of x (R, K, in) -> (R, K, out), whose rows may lie apart."""
     if weight.ndim == 3:
         return block_product(x.transpose(0, 1), weight, bias).transpose(0, 1)
-    rows = x.reshape(len(weight), -1, *x.shape[1:]).transpose(1, 2)
+    rows = x.reshape(weight.shape[0], -1, x.shape[1], x.shape[2]).transpose(1, 2)
     return block_product(rows, weight, bias).transpose(1, 2).flatten(0, 1)
 
 
-def enter(w: Weights, deter: Tensor, stoch: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Entered]:
-    """As cell.enter."""
+def enter(
+    w: Weights, deter: Tensor, stoch: Tensor, keep: Tensor, epsilon: Tensor | None = None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """As cell.enter; and what is kept, for `Entered.of`."""
     deter, stoch = deter * keep, stoch * keep
-    linear = addmm(w.deter_bias, deter, w.deter_in), addmm(w.stoch_bias, stoch, w.stoch_in)
-    embedded = normed(torch.stack(linear, 1), w.scale_in)
-    return deter, F.silu(embedded.scaled).flatten(1), Entered(deter, stoch, embedded)
+    a, b = addmm(w.deter_bias, deter, w.deter_in), addmm(w.stoch_bias, stoch, w.stoch_in)
+    embedded = normed(torch.stack([a, b], 1), w.scale_in, epsilon)
+    kept = [deter, stoch]
+    kept += embedded
+    return deter, F.silu(embedded[2]).flatten(1), kept
 
 
 def leave(
@@ -146,29 +168,34 @@ def leave(
     bias: Tensor,
     tokens: Tensor,
     noise: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Left]:
-    """As cell.recur, then cell.infer but for the gradient of the draw."""
+    epsilon: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """As cell.recur, then cell.infer but for the gradient of the draw; and, for `Left.of`, kept."""
     mixed = addmm(bias, x, w.mix_state)
     blocks(w, mixed).add_(by_rows(blocks(w, deter), w.mix_deter))
     if recalled is not None:
         mixed = addmm(mixed, recalled, w.mix_memory)
-    mix = normed(mixed, w.mix_scale)
-    hidden = F.silu(mix.scaled)
+    mix = normed(mixed, w.mix_scale, epsilon)
+    hidden = F.silu(mix[2])
     gates = by_rows(blocks(w, hidden), w.gates, w.gates_bias)
     reset, inner, update = gates.unflatten(-1, (3, -1)).unbind(-2)
     reset, update = reset.sigmoid_(), update.sigmoid_()
-    candidate = torch.tanh(reset * inner)
+    candidate = tanh_(reset * inner)
     new = torch.empty_like(deter)
     torch.lerp(blocks(w, deter), candidate, update, out=blocks(w, new))
-    seen = normed(addmm(tokens, new, w.post_deter), w.post_scale)
-    read = F.silu(seen.scaled)
+    seen = normed(addmm(tokens, new, w.post_deter), w.post_scale, epsilon)
+    read = F.silu(seen[2])
     logits = addmm(w.post_bias, read, w.post_out)
     soft = softmax(logits.view(-1, draw.stoch, draw.classes))
-    probs = soft * (1 - draw.mix) + draw.mix / draw.classes if draw.mix else soft
-    gating = (reset, inner, candidate, update)
-    memory = () if recalled is None else recalled
-    left = Left(deter, x, memory, mix, hidden, *gating, new, seen, read, soft)
-    return new, sample(probs, noise), probs, left
+    probs = evened(soft, draw.mix)
+    kept = [deter, x]
+    kept += mix
+    kept += [hidden, reset, inner, candidate, update, new]
+    kept += seen
+    kept += [read, soft]
+    if recalled is not None:
+        kept.append(recalled)
+    return new, sample(probs, noise), probs, kept
 
 
 # ---- one step, backward ---------------------------------------------------------------------
@@ -207,8 +234,11 @@ def down(s: Slope, grad: Tensor) -> Tensor:
 
 def leave_back(
     w: Weights, s: Slopes, g_new: Tensor, g_soft: Tensor
-) -> tuple[Tensor, Tensor, LeaveGrads]:
-    """Gradients of the old deter and of x, from those of the new deter and of the softmax."""
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Gradients of the old deter and of x, from those of the new deter and of the softmax.
+
+    And those that the weights' are made of: `LeaveGrads`.
+    """
     g_soft = g_soft * s.soft
     g_logits = torch.addcmul(g_soft, s.soft, g_soft.sum(-1, keepdim=True), value=-1).flatten(1)
     g_read = matmul(g_logits, w.post_out.mT)
@@ -219,37 +249,91 @@ def leave_back(
     g_mixed = down(s.mixed, g_hidden)
     g_deter = by_rows(blocks(w, g_mixed), w.mix_deter.mT)
     g_deter = torch.addcmul(g_deter, g_new, s.kept).flatten(1)
-    grads = LeaveGrads(g_mixed, g_hidden, g_gates, g_seen, g_read, g_logits)
+    grads = [g_mixed, g_hidden, g_gates, g_seen, g_read, g_logits]
     return g_deter, matmul(g_mixed, w.mix_state.mT), grads
 
 
 def enter_back(
     w: Weights, s: Slope, keep: Tensor, g_deter: Tensor, g_x: Tensor
-) -> tuple[Tensor, Tensor, EnterGrads]:
-    """Gradients of deter and stoch as they came in."""
-    g_x = g_x.view(len(g_x), 2, -1)
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Gradients of deter and stoch as they came in; and `EnterGrads`."""
+    g_x = g_x.view(g_x.shape[0], 2, -1)
     g_linear = down(s, g_x)
     a, b = g_linear.unbind(1)
     g_deter = addmm(g_deter, a, w.deter_in.mT).mul_(keep)
-    return g_deter, matmul(b, w.stoch_in.mT).mul_(keep), EnterGrads(g_linear, g_x)
+    return g_deter, matmul(b, w.stoch_in.mT).mul_(keep), [g_linear, g_x]
 
 
 # ---- all steps ------------------------------------------------------------------------------
 
 
-def joined(steps: Sequence[Any]) -> Any:
+@scripted
+def filtered(
+    w: Weights,
+    draw: Draw,
+    deter: Tensor,
+    stoch: Tensor,
+    bias: Tensor,
+    tokens: Tensor,
+    keep: Tensor,
+    noise: Tensor,
+) -> tuple[list[list[Tensor]], list[list[Tensor]], list[list[Tensor]]]:
+    """All steps without a memory, arguments as those of tape.Filter.
+
+    By step: the state (deter, stoch, probabilities), and what `enter` and `leave` keep.
+    """
+    states: list[list[Tensor]] = []
+    entering: list[list[Tensor]] = []
+    leaving: list[list[Tensor]] = []
+    epsilon = epsilon_of(deter)
+    for t in range(noise.shape[0]):
+        deter, x, entered = enter(w, deter, stoch, keep[:, t], epsilon)
+        rows = (bias[:, t], tokens[:, t], noise[t])
+        deter, drawn, probs, left = leave(w, draw, deter, x, None, *rows, epsilon)
+        stoch = drawn.flatten(1)
+        states.append([deter, drawn, probs])
+        entering.append(entered)
+        leaving.append(left)
+    return states, entering, leaving
+
+
+@scripted
+def filtered_back(
+    w: Weights,
+    entered: list[Tensor],
+    left: list[Tensor],
+    keep: Tensor,
+    g_deters: Tensor,
+    g_softs: Tensor,
+    share: float,
+) -> tuple[Tensor, Tensor, list[list[Tensor]], list[list[Tensor]]]:
+    """The way back through all steps, from gradients (B, T, ...) of deter and of the softmax.
+
+    entered and left: all steps joined, as the slopes of `enter` and `leave`. Gradients of the first
+    deter and stoch; and by step those that the weights' are made of.
+    """
+    steps = keep.shape[1]
+    entering: list[list[Tensor]] = []
+    leaving: list[list[Tensor]] = []
+    e = [x.unflatten(0, (-1, steps)).unbind(1) for x in entered]
+    f = [x.unflatten(0, (-1, steps)).unbind(1) for x in left]
+    g_deter, g_stoch = torch.zeros_like(g_deters[:, 0]), torch.zeros_like(g_softs[:, 0])
+    for back in range(1, steps + 1):
+        t = steps - back
+        g_soft = torch.add(g_softs[:, t], g_stoch.view_as(g_softs[:, t]), alpha=share)
+        mixed, seen = Slope(f[0][t], f[1][t], f[2][t]), Slope(f[5][t], f[6][t], f[7][t])
+        slopes = Slopes(mixed, f[3][t], f[4][t], seen, f[8][t])
+        g_deter, g_x, of_leave = leave_back(w, slopes, g_deters[:, t] + g_deter, g_soft)
+        embedded = Slope(e[0][t], e[1][t], e[2][t])
+        g_deter, g_stoch, of_enter = enter_back(w, embedded, keep[:, t], g_deter, g_x)
+        entering.append(of_enter)
+        leaving.append(of_leave)
+    return g_deter, g_stoch, entering, leaving
+
+
+def joined(steps: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """What steps kept, (B, ...) each, as one: (B * T, ...), the rows of a group together."""
-    if isinstance(steps[0], Tensor):
-        return torch.stack([*steps], 1).flatten(0, 1)
-    return type(steps[0])(*(joined(part) for part in zip(*steps, strict=True)))
-
-
-def parted(whole: Any, steps: int) -> Sequence[Any]:
-    """The inverse of `joined`."""
-    if isinstance(whole, Tensor):
-        return whole.unflatten(0, (-1, steps)).unbind(1)
-    parts = zip(*(parted(part, steps) for part in whole), strict=True)
-    return [type(whole)(*row) for row in parts]
+    return [torch.stack(x, 1).flatten(0, 1) for x in zip(*steps, strict=True)]
 
 
 def weight_grads(
@@ -266,7 +350,7 @@ def weight_grads(
         scale_grad(entered.embedded, e.x, n),
         outer(left.x, g.mixed, n),
         block_outer(blocks(w, left.deter), blocks(w, g.mixed), n),
-        None if isinstance(left.recalled, tuple) else outer(left.recalled, g.mixed, n),
+        None if left.recalled is None else outer(left.recalled, g.mixed, n),
         scale_grad(left.mixed, g.hidden, n),
         block_outer(blocks(w, left.hidden), g.gates, n),
         bias,

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from worldmodel.nets import MLP, affine, at_least_float32, readable, symexp
+from worldmodel.mlp import MLP
+from worldmodel.nets import at_least_float32, number, readable, symexp
 
 Draws: TypeAlias = torch.Generator | tuple[torch.Generator, ...] | None  # one, or one a group
 FEW = 16  # classes below which a softmax is written out on a CPU
 BLOCK = 1280  # rows of a value head whose classes fit a cache
-ALIGNED = 16  # a row of so many float32 is a whole number of vector registers
 
 
 class TwoHot(nn.Module):
@@ -27,7 +27,7 @@ class TwoHot(nn.Module):
     The target is split between the two bins around it (arXiv 2301.04104, equation 10). Output
     weights start at zero, so every prediction starts at 0. The bin at zero comes first, then the
     positive ones and the negative ones, each from small to large; classes nobody can choose fill
-    the last places of a row, because products of odd width take up to twice as long.
+    the last places of a row.
     """
 
     bins: Tensor  # (bins,) the value of each class
@@ -37,35 +37,28 @@ class TwoHot(nn.Module):
         super().__init__()
         if bins % 2 == 0:
             raise ValueError(f"bins={bins} must be odd, so that one bin stands at zero")
-        self.net = MLP(n_in, bins, units, layers, scale=0.0)
-        self.pairs, self.unused = bins // 2, -bins % ALIGNED
+        self.net = MLP(n_in, bins, units, layers, scale=0.0, fill=-torch.inf)
+        self.pairs = bins // 2
         half = -symexp(torch.linspace(-20, 0, self.pairs + 1))[:-1].flip(0)
         zero = torch.zeros(1)
         self.register_buffer("bins", torch.cat([zero, half, -half]), persistent=False)
         self.register_buffer("edges", torch.cat([-half.flip(0), zero, half]), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., F) -> logits (..., bins + unused), those of the unused ones -inf."""
-        return at_least_float32(affine(self.net.hidden(x), *self._out()))
-
-    def _out(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the output layer, with the unused classes."""
-        weight, bias = self.net.out.weight, self.net.out.bias
-        return F.pad(weight, (0, self.unused)), F.pad(bias, (0, self.unused), value=-torch.inf)
+        """x (..., F) -> logits (..., bins and more), those of the unused ones -inf."""
+        return at_least_float32(self.net(x))
 
     @torch.no_grad()
     def value(self, x: Tensor) -> Tensor:
-        """Expected value (...) of what x (..., F) is told; the classes of a block at a time.
+        """Expected value (...) of what x (..., F) is told; some rows of a group at a time.
 
         For thousands of rows their probabilities would leave the cache three times.
         """
-        hidden, (weight, bias) = self.net.hidden(x), self._out()
-        groups = weight if weight.ndim > 2 else weight[None]
-        rows = hidden.reshape(len(groups), -1, hidden.shape[-1])
-        heads = zip(rows, groups, bias.view(len(groups), -1), strict=True)
+        nets = self.net.net().filled(-torch.inf).groups()
+        rows = zip(nets, x.reshape(len(nets), -1, x.shape[-1]), strict=True)
         parts = [
-            self.mean(at_least_float32(affine(block, w, b)))
-            for part, w, b in heads
+            self.mean(at_least_float32(net(block)))
+            for net, part in rows
             for block in part.split(BLOCK)
         ]
         return torch.cat(parts).view(x.shape[:-1])
@@ -154,11 +147,11 @@ class CrossEntropy(torch.autograd.Function):
         return back.scatter_add_(-1, index, -grad * share), None, None, None
 
 
-def softmax(logits: Tensor) -> Tensor:
+def softmax(logits: Tensor, few: int = FEW) -> Tensor:
     """Probabilities (..., C). On a CPU torch's own takes fifteen times longer for few classes."""
-    if logits.shape[-1] >= FEW or logits.device.type != "cpu":
+    if logits.shape[-1] >= few or logits.device.type != "cpu":
         return logits.softmax(-1)
-    raised = (logits - logits.detach().amax(-1, keepdim=True)).exp()
+    raised = (logits - logits.detach().amax(-1, keepdim=True)).exp_()
     return raised / raised.sum(-1, keepdim=True)
 
 
@@ -171,8 +164,12 @@ def softmax_back(grad: Tensor, probs: Tensor) -> Tensor:
 
 def unimix(logits: Tensor, mix: float) -> Tensor:
     """Probabilities (..., C): a softmax mixed with a `mix` share of the uniform distribution."""
-    probs = softmax(at_least_float32(logits))
-    return probs * (1 - mix) + mix / probs.shape[-1] if mix else probs
+    return evened(softmax(at_least_float32(logits)), mix)
+
+
+def evened(probs: Tensor, mix: float) -> Tensor:
+    """probs (..., C), mixed with a `mix` share of the uniform distribution."""
+    return torch.add(number(mix / probs.shape[-1], probs.dtype), probs, alpha=1 - mix)
 
 
 def drawn(
@@ -197,19 +194,22 @@ def race(shape: Sequence[int], generator: Draws, axis: int = 0) -> Tensor:
     return uniform.clamp_(1e-12, 1 - 1e-7).log_().reciprocal_().neg_()
 
 
-def sample(probs: Tensor, noise: Tensor) -> Tensor:
+def sample(probs: Tensor, noise: Tensor, out: Tensor | None = None) -> Tensor:
     """One-hot draw (..., C) from probs (..., C), without gradients."""
     # of few classes `max` finds the place in half of the time that `argmax` takes on a CPU
     index = (probs.detach() * noise).max(-1, keepdim=True).indices
-    return torch.zeros_like(probs).scatter_(-1, index, 1.0)
+    drawn = torch.zeros_like(probs) if out is None else out.zero_()
+    return drawn.scatter_(-1, index, 1.0)
 
 
-def chosen(logits: Tensor, noise: Tensor, mix: float) -> Tensor:
+def chosen(logits: Tensor, noise: Tensor, mix: float, out: Tensor | None = None) -> Tensor:
     """`sample` of `unimix` (..., C): whoever wins the race wins it before they sum to one."""
     logits = at_least_float32(logits)
     raised = (logits - logits.amax(-1, keepdim=True)).exp_()
-    total, even = raised.sum(-1, keepdim=True), mix / logits.shape[-1]
-    return sample(torch.add(raised.mul_(1 - mix), total, alpha=even), noise)
+    if mix:  # all odds in units of the even ones, which are those of the total
+        total, even = raised.sum(-1, keepdim=True), mix / logits.shape[-1]
+        raised = torch.add(total, raised, alpha=(1 - mix) / even)
+    return sample(raised, noise, out)
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layers that every network here is made of: linear, block-linear, RMS norm, MLP.
+"""Layers that every network here is made of: linear, block-linear, RMS norm.
 
 Follows DreamerV3 (Hafner et al. 2023, arXiv 2301.04104): truncated-normal fan-in initialisation,
 zero biases, RMS normalisation, SiLU. Weights are stored (in, out), so that a slice of the rows is
@@ -10,7 +10,7 @@ order, and each part meets weights of its own. So many small agents run as one (
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,8 +21,26 @@ from torch.nn import functional as F
 from nested import fast, linear
 
 EPSILON = 1e-4
-EPSILONS = {kind: torch.tensor(EPSILON, dtype=kind) for kind in (torch.float32, torch.float64)}
+ALIGNED = 16  # a row of so many float32 is a whole number of vector registers
 MANY = 1 << 12  # elements from which a node by hand pays for its overhead
+
+
+def number(value: float, kind: torch.dtype) -> Tensor:
+    """A number as a tensor, made once: torch turns a Python number into one at every use."""
+    if torch.jit.is_scripting():
+        return torch.full((), value, dtype=kind)
+    return _number(value, kind)
+
+
+def epsilon_of(x: Tensor, value: float = EPSILON) -> Tensor:
+    """EPSILON for `inverse_rms` of rows such as x, where it is wanted often."""
+    return number(value, at_least_float32(x).dtype)
+
+
+@cache
+def _number(value: float, kind: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # who asks first does not matter
+        return torch.tensor(value, dtype=kind)
 
 
 def init_weight(weight: Tensor, fan_in: int, scale: float = 1.0) -> None:
@@ -125,10 +143,11 @@ def sum_rows(x: Tensor, groups: int) -> Tensor:
     return x.view(groups, -1, *x.shape[1:]).sum(1) if groups else x.sum(0)
 
 
-def outer(x: Tensor, grad: Tensor, groups: int) -> Tensor:
+def outer(x: Tensor, grad: Tensor, groups: int = 0) -> Tensor:
     """Gradient (in, out) of the weight of `matmul`, from x (B, in) and grad (B, out)."""
     if not groups:
-        return x.t() @ grad
+        narrow = 1 < grad.shape[1] < ALIGNED  # such a product crawls on a CPU
+        return (grad.t() @ x).t() if narrow else x.t() @ grad
     return torch.bmm(x.view(groups, -1, x.shape[1]).mT, grad.view(groups, -1, grad.shape[1]))
 
 
@@ -164,19 +183,41 @@ def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
 
 def silu_of_rms(x: Tensor, scale: Tensor, ndim: int = 1) -> Tensor:
     """silu(rms(x, scale, ndim)) where no gradient is wanted."""
-    if x.dtype not in EPSILONS:
+    if half(x):
         return F.silu(rms(x, scale, ndim), inplace=True)
-    normal = x * inverse_rms(x)
+    return silu_(x * inverse_rms(x), scale, ndim)
+
+
+def silu_of_rms_(x: Tensor, scale: Tensor, ndim: int = 1) -> Tensor:
+    """`silu_of_rms` that may overwrite x."""
+    if half(x):
+        return silu_of_rms(x, scale, ndim)
+    return silu_(x.mul_(inverse_rms(x)), scale, ndim)
+
+
+def silu_(normal: Tensor, scale: Tensor, ndim: int = 1) -> Tensor:
+    """silu(normal * scale) in place of normal."""
     return F.silu(times_(normal, scale, ndim), inplace=True)
 
 
-def inverse_rms(x: Tensor) -> Tensor:
+def inverse_rms(x: Tensor, epsilon: Tensor | None = None, otherwise: float = EPSILON) -> Tensor:
     """What rms(x) multiplies the rows of x (..., n) by: (..., 1), without gradients."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if x.device.type != "cpu":
-        return norm.square_().div_(x.shape[-1]).add_(EPSILON).rsqrt_()
+        return norm.square_().div_(x.shape[-1]).add_(otherwise).rsqrt_()
     # the same in half as many operations, which is what a few rows cost
-    return torch.addcmul(EPSILONS[x.dtype], norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    least = number(otherwise, x.dtype) if epsilon is None else epsilon
+    return torch.addcmul(least, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+
+
+def tanh_(x: Tensor) -> Tensor:
+    """Hyperbolic tangent, in place: as 2 sigmoid(2 x) - 1 it takes half as long on a CPU."""
+    return less_one(x.add_(x))
+
+
+def less_one(double: Tensor) -> Tensor:
+    """tanh(x) of 2 x (...), which is overwritten."""
+    return torch.add(number(-1.0, double.dtype), double.sigmoid_(), alpha=2)
 
 
 def readable(x: Tensor) -> bool:
@@ -187,7 +228,7 @@ def readable(x: Tensor) -> bool:
 class NormSiLU(torch.autograd.Function):
     """RMS norm over the last axis, then SiLU; differentiated by parts, it takes three times longer.
 
-    With n = x / rms(x): dx = (dn - n mean(dn n)) / rms(x). Half precision is left at the door.
+    Half precision is left at the door.
     """
 
     @staticmethod
@@ -201,57 +242,37 @@ class NormSiLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore
-        normal, factor, weight = ctx.saved_tensors
-        grad = torch.ops.aten.silu_backward(grads[0], times(normal, weight))
-        groups = len(weight) if weight.ndim > 1 else 0
-        g_weight = sum_rows((grad * normal).flatten(0, -2), groups)
-        share = (times_(grad, weight) * normal).sum(-1, keepdim=True).div_(-grad.shape[-1])
-        return grad.addcmul_(normal, share).mul_(factor).to(ctx.dtype), g_weight
+        g_x, g_weight = norm_silu_grads(grads[0], *ctx.saved_tensors)
+        return g_x.to(ctx.dtype), g_weight
 
 
-class Dense(nn.Module):
-    """Linear, RMS norm, SiLU: x (..., in) -> (..., out)."""
+def norm_silu_grads(
+    grad: Tensor, normal: Tensor, factor: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x (..., n) and of the scale from that of silu(normal scale), normal = factor x.
 
-    def __init__(self, n_in: int, n_out: int):
-        super().__init__()
-        self.linear = Linear(n_in, n_out)
-        self.norm = RMSNorm(n_out)
+    With d the gradient before the SiLU: dx = factor (scale d - normal mean(normal scale d)).
+    """
+    grad = torch.ops.aten.silu_backward(grad, times(normal, scale))
+    product = (grad * normal).flatten(0, -2)
+    if scale.ndim == 1:
+        g_scale, share = product.sum(0), torch.mv(product, scale)
+    else:
+        parts = product.view(len(scale), -1, product.shape[-1])
+        g_scale, share = parts.sum(1), torch.bmm(parts, scale.unsqueeze(-1))
+    share = share.view(factor.shape)
+    g_x = times_(grad, scale).addcmul_(normal, share, value=-1 / grad.shape[-1])
+    return g_x.mul_(factor), g_scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        # called a hundred times an update: without the detour over two modules' hooks
-        return norm_silu(self.norm, affine(x, self.linear.weight, self.linear.bias))
 
-
-class MLP(nn.Module):
-    """`layers` Dense layers of `units`, then a linear output scaled by `scale` at the start."""
-
-    def __init__(self, n_in: int, n_out: int, units: int, layers: int, scale: float = 1.0):
-        super().__init__()
-        sizes = [n_in] + [units] * layers
-        pairs = pairwise(sizes)
-        self.layers = nn.ModuleList(Dense(a, b) for a, b in pairs)
-        self.out = Linear(sizes[-1], n_out, scale)
-
-    @property
-    def first(self) -> Dense:
-        """The layer that sees the inputs."""
-        layer = self.layers[0]
-        assert isinstance(layer, Dense)
-        return layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out.forward(self.hidden(x))
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """What the output layer sees (..., units)."""
-        for layer in self.layers:
-            x = layer.forward(x)
-        return x
+def half(x: Tensor) -> bool:
+    """Whether x is in half precision."""
+    return x.dtype == torch.bfloat16 or x.dtype == torch.float16
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     """x, promoted from half precision: probabilities and losses are not rounded to it."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return x.float() if half(x) else x
 
 
 def read_dtype(x: Tensor) -> torch.dtype:

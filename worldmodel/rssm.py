@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from nested import fast as fast_state
-from worldmodel.cell import Draw, Plain, Weights, advance, embed_
-from worldmodel.heads import Draws, chosen, race, unimix
-from worldmodel.nets import MLP, BlockLinear, Dense, RMSNorm, affine, matmul, read_dtype, readable
+from worldmodel.cell import Draw, Plain, Weights
+from worldmodel.heads import Draws, race, unimix
+from worldmodel.mlp import MLP, Dense
+from worldmodel.nets import BlockLinear, RMSNorm, affine, matmul, read_dtype, readable
+from worldmodel.prior import embedded, folded, step
 from worldmodel.tape import Filter, Tape
 from worldmodel.types import Carry, Latent
 
@@ -170,22 +172,28 @@ class RSSM(nn.Module):
         choices (A, A): all actions, where each is a one-hot vector; they are embedded once.
         """
         weights, shares = self._hoist()
+        prior = folded(weights), self.prior_net.net(), self._draw
         recall, embedding = self.recall(use), self._embedding(shares, choices)
-        deter, stoch, fast = carry.latent.deter, carry.latent.stoch, carry.fast
-        noise = race((horizon, len(deter), self.stoch, self.classes), generator, 1)
+        deter, stoch, fast = carry.latent.deter, carry.latent.stoch.flatten(1), carry.fast
+        noises = race((horizon, len(deter), self.stoch, self.classes), generator, 1)
         features = deter.new_empty(len(deter), horizon, self.feature, dtype=read_dtype(deter))
+        last = torch.empty_like(features[:, 0])
+        rows = [*features.unbind(1), last]
+        torch.cat([deter, stoch], -1, out=rows[0])
         actions: list[Tensor] = []
-        for h, feature in enumerate(features.unbind(1)):
-            torch.cat([deter, stoch.flatten(1)], -1, out=feature)
-            action = policy(feature)
-            embed, bias = embedding(action)
-            x = embed_(weights, deter, stoch.flatten(1))
-            recalled, fast = recall(x, embed, fast)
-            deter = advance(weights, deter, x, recalled, bias)
-            logits = self.prior_net(deter).view(noise[h].shape)
-            stoch = chosen(logits, noise[h], self.mix)
-            actions.append(action)
-        last = torch.cat([deter, stoch.flatten(1)], -1).to(features.dtype)
+        with torch.inference_mode():  # what leaves the loop was made before it, or is made after
+            for feature, ahead, noise in zip(rows, rows[1:], noises, strict=False):
+                action = policy(feature)
+                embed, bias = embedding(action)
+                x = embedded(weights, deter, stoch)
+                recalled, fast = recall(x, embed, fast)
+                # heads may read another precision than that of the state
+                state = ahead if ahead.dtype == deter.dtype else deter.new_empty(ahead.shape)
+                step(*prior, deter, x, recalled, bias, noise, state)
+                deter, stoch = state[:, : self.deter], state[:, self.deter :]
+                if state is not ahead:
+                    ahead.copy_(state)
+                actions.append(action)
         return Dream(features, last, torch.stack(actions, 1))
 
     def _hoist(self) -> tuple[Weights, Tensor]:
@@ -242,6 +250,9 @@ class RSSM(nn.Module):
             return lambda action: self._embed(action, share)
         groups = share.shape[:-2]
         rows = self._embed(choices.repeat(*(groups or (1,)), 1), share)
+        if self.memory is None:  # nobody reads the embedded action but its part of the mixing
+            embed, bias = (x.view(*groups, len(choices), -1) for x in rows)
+            return lambda action: (embed, matmul(action, bias))
         table = torch.cat(rows, -1).view(*groups, len(choices), -1)
         sizes = [self.hidden, self.deter]
 

@@ -27,10 +27,11 @@ from worldmodel.conv import (
 )
 from worldmodel.nets import (
     EPSILON,
-    EPSILONS,
     RMSNorm,
     at_least_float32,
+    half,
     norm_silu,
+    number,
     read_dtype,
     readable,
 )
@@ -79,7 +80,7 @@ def normed(norm: RMSNorm, y: Tensor) -> Tensor:
     """silu(norm(y)) of a convolution's output (N, H, W, C), in place where nobody learns."""
     if y.numel() < LARGE or torch.is_grad_enabled() or y.device.type != "cpu":
         return norm_silu(norm, y)
-    if y.dtype not in EPSILONS or y.numel() % (len(FOUR) * y.shape[-1]):
+    if half(y) or y.numel() % (len(FOUR) * y.shape[-1]):
         return norm_silu(norm, y)
     return norm_silu_(y, norm.weight)
 
@@ -87,7 +88,7 @@ def normed(norm: RMSNorm, y: Tensor) -> Tensor:
 def norm_silu_(x: Tensor, scale: Tensor) -> Tensor:
     """silu(norm(x)) in place of x (..., C): products are what few channels do not slow down."""
     rows, share = x.reshape(-1, x.shape[-1]), torch.full_like(scale, 1 / len(scale))
-    factor = torch.addmv(EPSILONS[x.dtype], rows * rows, share).rsqrt_()
+    factor = torch.addmv(number(EPSILON, x.dtype), rows * rows, share).rsqrt_()
     factor = torch.mm(factor.view(-1, len(FOUR)), (FOUR * scale).flatten(1))
     return F.silu(x.mul_(factor.view(x.shape)), inplace=True)
 

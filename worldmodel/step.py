@@ -11,7 +11,7 @@ from torch import Tensor
 
 from worldmodel.cell import apart, block_product, gated
 from worldmodel.heads import Draws, chosen, race
-from worldmodel.nets import addmm, silu_of_rms
+from worldmodel.nets import addmm, silu_of_rms_
 from worldmodel.rssm import RSSM, MemoryUse
 from worldmodel.types import Carry, Latent
 
@@ -50,7 +50,7 @@ def embedded(dynamics: RSSM, deter: Tensor, stoch: Tensor, action: Tensor) -> Te
     both = zip(layers, inputs, strict=True)
     linear = [addmm(to.linear.bias, x, to.linear.weight) for to, x in both]
     scale = torch.stack([to.norm.weight for to in layers], -2)
-    return silu_of_rms(torch.stack(linear, 1), scale, 2).flatten(1)
+    return silu_of_rms_(torch.stack(linear, 1), scale, 2).flatten(1)
 
 
 def recurred(dynamics: RSSM, deter: Tensor, x: Tensor) -> Tensor:
@@ -62,5 +62,5 @@ def recurred(dynamics: RSSM, deter: Tensor, x: Tensor) -> Tensor:
     bias = dynamics.mixed.bias.view(*groups, blocks, 1, out)
     rows = torch.cat([old, read], -1)
     mixed = block_product(rows, weight[..., : n + x.shape[-1], :], bias).transpose(-2, -3)
-    hidden = silu_of_rms(mixed.reshape(deter.shape), dynamics.mixed_norm.weight)
+    hidden = silu_of_rms_(mixed.reshape(deter.shape), dynamics.mixed_norm.weight)
     return gated(dynamics.gates.weight, dynamics.gates.bias, deter, hidden)

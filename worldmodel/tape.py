@@ -14,12 +14,17 @@ from torch.autograd.function import once_differentiable
 
 from worldmodel.cell import Draw, Weights
 from worldmodel.hand import (
+    Entered,
+    EnterGrads,
+    LeaveGrads,
+    Left,
     enter,
     enter_back,
+    filtered,
+    filtered_back,
     joined,
     leave,
     leave_back,
-    parted,
     slope,
     slopes,
     spread,
@@ -48,15 +53,9 @@ class Filter(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         w = spread(Weights(*weights), len(deter))
-        entering, leaving, states = [], [], []
-        rows = zip(*(x.unbind(1) for x in (bias, tokens, keep)), noise, strict=True)
-        for bias_t, tokens_t, keep_t, noise_t in rows:
-            deter, x, entered = enter(w, deter, stoch, keep_t)
-            *state, left = leave(w, draw, deter, x, None, bias_t, tokens_t, noise_t)
-            deter, stoch = state[0], state[1].flatten(1)
-            entering.append(entered)
-            leaving.append(left)
-            states.append(tuple(state))
+        with torch.inference_mode():  # what leaves the loop is made after it
+            rows = (deter, stoch, bias, tokens, keep, noise)
+            states, entering, leaving = filtered(w, draw, *rows)
         ctx.draw, ctx.kept = draw, (joined(entering), joined(leaving))
         ctx.save_for_backward(keep, *weights)
         deters, stochs, probs = (torch.stack(x, 1) for x in zip(*states, strict=True))
@@ -66,24 +65,20 @@ class Filter(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         keep, *weights = ctx.saved_tensors
-        w, (entered, left), share = Weights(*weights), ctx.kept, 1 - ctx.draw.mix
-        steps = keep.shape[1]
-        wide = spread(w, len(left.new))
-        leave_slopes = parted(slopes(wide, left), steps)
-        enter_slopes = parted(slope(entered.embedded, wide.scale_in), steps)
-        g_deters, g_softs = grads[0].unbind(1), (grads[1] + grads[2]).mul_(share).unbind(1)
-        g_deter, g_stoch = torch.zeros_like(g_deters[0]), torch.zeros_like(g_softs[0])
-        entering, leaving = [], []
-        for t in reversed(range(steps)):
-            g_soft = torch.add(g_softs[t], g_stoch.view_as(g_softs[t]), alpha=share)
-            g_deter, g_x, g = leave_back(w, leave_slopes[t], g_deters[t] + g_deter, g_soft)
-            g_deter, g_stoch, e = enter_back(w, enter_slopes[t], keep[:, t], g_deter, g_x)
-            entering.append(e)
-            leaving.append(g)
-        e, g = joined(entering[::-1]), joined(leaving[::-1])
-        g_bias, g_tokens = (x.unflatten(0, (-1, steps)) for x in (g.mixed, g.seen))
-        found = weight_grads(w, entered, left, e, g)
-        return g_deter, g_stoch, g_bias, g_tokens, None, None, None, *found
+        w, share = Weights(*weights), 1 - ctx.draw.mix
+        entered, left = Entered.of(ctx.kept[0]), Left.of(ctx.kept[1])
+        with torch.inference_mode():
+            wide = spread(w, len(left.new))
+            of_enter, of_leave = slope(entered.embedded, wide.scale_in), slopes(wide, left)
+            flat = [*of_leave.mixed, of_leave.gates, of_leave.kept, *of_leave.seen, of_leave.soft]
+            g_soft = (grads[1] + grads[2]).mul_(share)
+            found = filtered_back(w, [*of_enter], flat, keep, grads[0], g_soft, share)
+        g_deter, g_stoch, entering, leaving = found
+        e, g = EnterGrads(*joined(entering[::-1])), LeaveGrads(*joined(leaving[::-1]))
+        g_bias, g_tokens = (x.unflatten(0, (-1, keep.shape[1])) for x in (g.mixed, g.seen))
+        of_weights = weight_grads(w, entered, left, e, g)
+        rows = (g_deter.clone(), g_stoch.clone(), g_bias, g_tokens)
+        return *rows, None, None, None, *of_weights
 
 
 class Records:
@@ -148,17 +143,17 @@ class Enter(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         deter, x, entered = enter(records.weights, deter, stoch, keep)
         # what a node returns it must not hold: the alias knows no node
-        ctx.records, ctx.kept = records, entered._replace(deter=deter.detach())
+        ctx.records, ctx.kept = records, [deter.detach(), *entered[1:]]
         ctx.save_for_backward(keep)
         return deter, x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        w, entered, (keep,) = ctx.records.weights, ctx.kept, ctx.saved_tensors
-        back = slope(entered.embedded, w.scale_in)
+        w, (keep,) = ctx.records.weights, ctx.saved_tensors
+        back = slope(Entered.of(ctx.kept).embedded, w.scale_in)
         g_deter, g_stoch, e = enter_back(w, back, keep, *grads)
-        ctx.records.add("enter", entered, e)
+        ctx.records.add("enter", ctx.kept, e)
         return None, g_deter, g_stoch, None, None
 
 
@@ -181,19 +176,19 @@ class Leave(torch.autograd.Function):
         w, draw = records.weights, records.draw
         new, stoch, probs, left = leave(w, draw, *rows, bias, tokens, noise)
         ctx.records = records
-        ctx.kept = left._replace(new=new.detach(), soft=left.soft.detach())
+        ctx.kept = [x.detach() if x is new else x for x in left]
         return new, stoch, probs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        w, left, share = ctx.records.weights, ctx.kept, 1 - ctx.records.draw.mix
+        w, left, share = ctx.records.weights, Left.of(ctx.kept), 1 - ctx.records.draw.mix
         g_soft = (grads[1] + grads[2]).mul_(share)
         g_deter, g_x, g = leave_back(w, slopes(w, left), grads[0], g_soft)
-        ctx.records.add("leave", left, g)
-        forgotten = isinstance(left.recalled, tuple)
-        g_recalled = None if forgotten else matmul(g.mixed, w.mix_memory.mT)
-        return None, g_deter, g_x, g_recalled, g.mixed, g.seen, None, None
+        ctx.records.add("leave", ctx.kept, g)
+        g_mixed, g_seen = g[0], g[3]
+        g_recalled = None if left.recalled is None else matmul(g_mixed, w.mix_memory.mT)
+        return None, g_deter, g_x, g_recalled, g_mixed, g_seen, None, None
 
 
 class Collect(torch.autograd.Function):
@@ -208,4 +203,5 @@ class Collect(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         (entered, e), (left, g) = ctx.records.take("enter"), ctx.records.take("leave")
-        return None, *weight_grads(ctx.records.weights, entered, left, e, g)
+        kept, of_leave = (Entered.of(entered), Left.of(left)), LeaveGrads(*g)
+        return None, *weight_grads(ctx.records.weights, *kept, EnterGrads(*e), of_leave)

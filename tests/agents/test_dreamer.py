@@ -59,8 +59,9 @@ def test_behaviour_losses_leave_the_world_model_alone():
 def test_the_density_of_an_actor_is_torch_s(action):
     torch.manual_seed(0)
     actor = make_actor(6, action, 8, 1)
-    params = actor(torch.randn(50, 6))
-    drawn = actor.sample(params, torch.Generator().manual_seed(1))
+    x = torch.randn(50, 6)
+    params = actor(x)
+    drawn = actor.sample(actor.net(x), actor.noise(1, 50, torch.Generator().manual_seed(1))[0])
     if action.kind == "continuous":
         mean, deviation = params.chunk(2, -1)
         expected = torch.distributions.Normal(mean, deviation)
@@ -104,8 +105,8 @@ def test_acting_filters_as_training_does_and_draws_the_same_actions(memory, acti
         chosen, carry = agent.act(carry, row, one)
         with torch.no_grad():
             posterior, again = agent.world.observe(split(batch, t, t + 1), again, other)
-            params = agent.actor(features(posterior.deter, posterior.stoch)[:, 0])
-        expected = agent.actor.sample(params, other)
+            raw = agent.actor.net(features(posterior.deter, posterior.stoch)[:, 0])
+        expected = agent.actor.sample(raw, agent.actor.noise(1, 4, other)[0])
         exact = 0.0 if action.kind == "discrete" else 1e-5
         torch.testing.assert_close(chosen, expected, rtol=0, atol=exact)
         for a, b in zip(fast_state.leaves(carry), fast_state.leaves(again), strict=True):

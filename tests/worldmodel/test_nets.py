@@ -11,6 +11,7 @@ from worldmodel.nets import (
     norm_silu,
     rms,
     silu_of_rms,
+    silu_of_rms_,
     symexp,
     symlog,
 )
@@ -42,6 +43,7 @@ def test_in_place_where_no_gradient_is_wanted(scale: tuple[int, ...], dtype: tor
     found, expected = silu_of_rms(x, weight, ndim), F.silu(rms(x, weight, ndim))
     torch.testing.assert_close(found, expected)
     assert torch.equal(x, before)
+    torch.testing.assert_close(silu_of_rms_(x, weight, ndim), expected)
 
 
 @pytest.mark.parametrize("rows", [2, 9000])
