@@ -162,11 +162,8 @@ class Dreamer(nn.Module):
     @torch.no_grad()
     def _judged(self, dream: Dream) -> tuple[Tensor, Tensor]:
         """Reward and continuation (N, H + 1) of the states of a dream."""
-        world, columns = self.world, []
-        for feature in (dream.feature, dream.last[:, None]):
-            columns.append((world.reward.value(feature), world.continues(feature).sigmoid()))
-        reward, live = (torch.cat(parts, 1) for parts in zip(*columns, strict=True))
-        return reward, live
+        world = self.world
+        return dream.judged(world.reward.value), dream.judged(world.continues.probability)
 
     def _replay_value(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from worldmodel.heads import Draws, TwoHot, chosen, drawn, race, unimix
 from worldmodel.mlp import MLP, Recording
 from worldmodel.nets import at_least_float32
+from worldmodel.prior import Chooser
 from worldmodel.types import ActionSpec
 
 Critic = TwoHot
@@ -116,6 +117,13 @@ def policy_of(
     actor: Actor, steps: int, generator: Draws, recording: Recording | None = None
 ) -> Callable[[Tensor], Tensor]:
     """Features (N, F) to actions (N, A), for so many steps; nothing is drawn before the first."""
+    if isinstance(actor, DiscreteActor) and len(actor.sizes) == 1:
+
+        def races(rows: int) -> Tensor:
+            return race((steps, rows, *actor.sizes), generator, 1)
+
+        return Chooser(actor.net.net(), actor.mix, races, recording)
+
     noise: list[Tensor] = []
 
     def act(feature: Tensor) -> Tensor:

@@ -100,9 +100,10 @@ def slots(state: dict[Tensor, Any], params: Iterable[Tensor], key: str) -> Tenso
     """An optimizer's state tensors called `key`, zeros at first."""
     found: Tensors = []
     for p in params:
-        if key not in state[p]:
-            state[p][key] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        found.append(state[p][key])
+        own = state[p]  # looked up once: a tensor as a key is hashed in Python
+        if key not in own:
+            own[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        found.append(own[key])
     return found
 
 
@@ -114,7 +115,8 @@ def by_step(state: dict[Tensor, Any], params: Iterable[Tensor]) -> dict[int, Ten
     found: dict[int, Tensors] = {}
     for p in params:
         if p.grad is not None:
-            step = state[p]["step"] = state[p].get("step", 0) + 1
+            own = state[p]
+            step = own["step"] = own.get("step", 0) + 1
             found.setdefault(step, []).append(p)
     return found
 

@@ -102,16 +102,21 @@ def gated(weight: Tensor, bias: Tensor, deter: Tensor, hidden: Tensor) -> Tensor
 
 def block_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (K, B, in) as of `apart` times weight (K, in, out), plus bias (K, 1, out)."""
-    if weight.ndim > 3:
-        product = torch.matmul(x, weight)
-        return product if bias is None else product.add_(bias.to(product.dtype))
-    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
+    grouped = weight.ndim > 3
+    rows, blocks = (x.flatten(0, 1), weight.flatten(0, 1)) if grouped else (x, weight)
+    if bias is None:
+        product = torch.bmm(rows, blocks)
+    else:
+        product = torch.baddbmm(bias.flatten(0, 1) if grouped else bias, rows, blocks)
+    return product.unflatten(0, (x.shape[0], x.shape[1])) if grouped else product
 
 
 def apart(weight: Tensor, x: Tensor) -> Tensor:
     """x (B, K * n) by blocks, as the weight (K, n, out) has them in front: a view (K, B, n)."""
-    *groups, blocks, _, _ = weight.shape
-    return x.view(*groups, -1, blocks, x.shape[-1] // blocks).transpose(-2, -3)
+    shape = list(weight.shape[:-2])  # groups, if there are any, and blocks
+    shape.insert(len(shape) - 1, -1)
+    shape.append(x.shape[-1] // shape[-1])
+    return x.view(shape).transpose(-2, -3)
 
 
 def infer(

@@ -18,7 +18,6 @@ from worldmodel.nets import at_least_float32, number, readable, symexp
 
 Draws: TypeAlias = torch.Generator | tuple[torch.Generator, ...] | None  # one, or one a group
 FEW = 16  # classes below which a softmax is written out on a CPU
-BLOCK = 1280  # rows of a value head whose classes fit a cache
 
 
 class TwoHot(nn.Module):
@@ -50,17 +49,8 @@ class TwoHot(nn.Module):
 
     @torch.no_grad()
     def value(self, x: Tensor) -> Tensor:
-        """Expected value (...) of what x (..., F) is told; some rows of a group at a time.
-
-        For thousands of rows their probabilities would leave the cache three times.
-        """
-        nets = self.net.net().filled(-torch.inf).groups()
-        rows = zip(nets, x.reshape(len(nets), -1, x.shape[-1]), strict=True)
-        parts = [
-            self.mean(at_least_float32(net(block)))
-            for net, part in rows
-            for block in part.split(BLOCK)
-        ]
+        """Expected value (...) of what x (..., F) is told."""
+        parts = [self.mean(at_least_float32(logits)) for logits in self.net.blocks(x)]
         return torch.cat(parts).view(x.shape[:-1])
 
     def mean(self, logits: Tensor) -> Tensor:
@@ -84,10 +74,10 @@ class TwoHot(nn.Module):
 
         probs: the softmax of the logits, without gradients, where it is known.
         """
-        places = [self._places(target) for target in targets]
-        index = torch.cat([i for i, _ in places], -1)
-        share = torch.cat([s * w for (_, s), w in zip(places, weights, strict=True)], -1)
-        return cross_entropy(logits, index, share, probs)
+        index, share = self._places(torch.stack(targets, -1))
+        if any(weight != 1.0 for weight in weights):
+            share = share * share.new_tensor(weights)[:, None]
+        return cross_entropy(logits, index.flatten(-2), share.flatten(-2), probs)
 
     def _places(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """The two bins around each target, and how it is split between them: (..., 2) each."""
@@ -110,6 +100,12 @@ class Binary(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., F) -> logit (...)."""
         return at_least_float32(self.net(x)).squeeze(-1)
+
+    @torch.no_grad()
+    def probability(self, x: Tensor) -> Tensor:
+        """Of the flag (...), given x (..., F)."""
+        parts = [at_least_float32(logit) for logit in self.net.blocks(x)]
+        return torch.cat(parts).sigmoid_().view(x.shape[:-1])
 
     def loss(self, logit: Tensor, target: Tensor) -> Tensor:
         """Binary cross-entropy (...) to a target in [0, 1]."""
@@ -215,3 +211,35 @@ def chosen(logits: Tensor, noise: Tensor, mix: float, out: Tensor | None = None)
 def kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of categoricals with probabilities (..., S, C), summed over S -> (...)."""
     return (p * (p.log() - q.log())).sum((-2, -1))
+
+
+def balanced_kl(p: Tensor, q: Tensor, free: float) -> tuple[Tensor, Tensor]:
+    """`kl` twice, at least `free`: what q, then what p has to learn of it; (...) each."""
+    if not torch.is_grad_enabled() or readable(p):
+        return kl(p.detach(), q).clamp(min=free), kl(p, q.detach()).clamp(min=free)
+    return BalancedKL.apply(p, q, free)
+
+
+class BalancedKL(torch.autograd.Function):
+    """`balanced_kl`, whose two values are one."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, q: Tensor, free: float) -> tuple[Tensor, Tensor]:
+        ratio = p.log().sub_(q.log())
+        value = (p * ratio).sum((-2, -1))
+        ctx.save_for_backward(p, q, ratio, value)
+        ctx.free = free
+        ctx.set_materialize_grads(False)  # whoever asks for one direction gets nothing of the other
+        value = value.clamp(min=free)
+        return value, value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore
+        ctx: Any, *grads: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        p, q, ratio, value = ctx.saved_tensors
+        counts = (value >= ctx.free).to(p.dtype)
+        of_q, of_p = (None if g is None else (g * counts)[..., None, None] for g in grads)
+        g_p = None if of_p is None else (ratio + 1).mul_(of_p)
+        return g_p, None if of_q is None else (p / q).mul_(of_q.neg_()), None

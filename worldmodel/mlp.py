@@ -35,6 +35,8 @@ from worldmodel.nets import (
     times,
 )
 
+BLOCK = 1280  # rows whose outputs fit a cache
+
 
 class Dense(nn.Module):
     """Linear, RMS norm, SiLU: x (..., in) -> (..., out)."""
@@ -98,6 +100,19 @@ class MLP(nn.Module):
         for layer in self.layers:
             x = layer.forward(x)
         return x
+
+    @torch.no_grad()
+    def blocks(self, x: Tensor) -> list[Tensor]:
+        """The output of rows (..., in) without gradients, as blocks (R, out) of those of a group.
+
+        What is worked out of thousands of rows at once would leave the cache in between.
+        """
+        nets = self.net().filled(self.fill).groups()
+        parts = x.reshape(len(nets), -1, x.shape[-1])
+        few = max(1, round(parts.shape[1] / BLOCK))
+        return [
+            net(rows) for net, part in zip(nets, parts, strict=True) for rows in part.chunk(few)
+        ]
 
     def net(self) -> "Net":
         """The weights, found once for many calls."""
@@ -172,9 +187,7 @@ class Net(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """The output (R, out) of rows (R, in), without gradients."""
-        for layer in self.layers:
-            x = silu_of_rms_(addmm(layer.bias, x, layer.weight), layer.scale)
-        return addmm(self.bias, x, self.weight)
+        return through(self, x)
 
 
 def triples(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -182,16 +195,23 @@ def triples(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]
     return zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True)
 
 
-def run(layers: Sequence[Weights], x: Tensor) -> list[Kept]:
-    """Rows (R, in) through layers, without gradients."""
-    found: list[Kept] = []
-    for weight, bias, scale in layers:
-        linear = addmm(bias, x, weight)
-        factor = inverse_rms(linear)
+def through(net: Net, x: Tensor, epsilon: Tensor | None = None) -> Tensor:
+    """The output (R, out) of rows (R, in), without gradients."""
+    for layer in net.layers:
+        x = silu_of_rms_(addmm(layer.bias, x, layer.weight), layer.scale, 1, epsilon)
+    return addmm(net.bias, x, net.weight)
+
+
+def run(net: Net, x: Tensor, epsilon: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    """What the output layer sees (R, n) of rows (R, in), and of each layer a `Kept`, in a row."""
+    found: list[Tensor] = []
+    for layer in net.layers:
+        linear = addmm(layer.bias, x, layer.weight)
+        factor = inverse_rms(linear, epsilon)
         normal = linear.mul_(factor)
-        x = F.silu(times(normal, scale), inplace=True)
-        found.append(Kept(normal, factor, x))
-    return found
+        x = F.silu(times(normal, layer.scale), inplace=True)
+        found += [normal, factor, x]
+    return x, found
 
 
 class Recording:
@@ -204,18 +224,20 @@ class Recording:
     @torch.no_grad()
     def add(self, x: Tensor) -> Tensor:
         """The output (N, out) of the rows (N, in) of the next step."""
-        layers = run(self.net.layers, x)
-        out = addmm(self.net.bias, layers[-1].out if layers else x, self.net.weight)
-        self.steps.append([*(part for kept in layers for part in kept), out])
+        seen, kept = run(self.net, x)
+        out = addmm(self.net.bias, seen, self.net.weight)
+        self.steps.append([*kept, out])
         return out
 
-    def joined(self, groups: int) -> list[tuple[list[Kept], Tensor]]:
-        """For each group its layers and its output, the steps of a row together; forgets them."""
+    def joined(self, groups: int) -> tuple[list[Tensor], Tensor]:
+        """What the layers kept, group after group, and the output; forgets them.
+
+        (N * steps / groups, ...) and (N * steps, out), the steps of a row together.
+        """
         steps, self.steps = self.steps, []
-        columns = zip(*steps, strict=True)
-        parts = [torch.stack(x, 1).view(groups, -1, x[0].shape[-1]) for x in columns]
-        each = zip(*(part.unbind() for part in parts), strict=True)
-        return [([Kept(*row) for row in triples(flat)], out) for *flat, out in each]
+        *kept, out = (torch.stack(x, 1).flatten(0, 1) for x in zip(*steps, strict=True))
+        by_group = zip(*(part.chunk(groups) for part in kept), strict=True)
+        return [part for group in by_group for part in group], out
 
 
 class Through(torch.autograd.Function):
@@ -227,17 +249,19 @@ class Through(torch.autograd.Function):
     ) -> Tensor:
         nets = Net.of(flat).groups()
         if recording is not None:
-            found = recording.joined(len(nets))
+            kept, out = recording.joined(len(nets))
         else:
-            found = []
-            for net, rows in zip(nets, x.view(len(nets), -1, x.shape[-1]), strict=True):
-                layers, wide = run(net.layers, rows), net.filled(fill)
-                last = layers[-1].out if layers else rows
-                found.append((layers, torch.addmm(wide.bias, last, wide.weight)))
+            wide = [net.filled(fill) for net in nets]
+            out = x.new_empty(len(x), wide[0].weight.shape[-1])
+            parts = (part.view(len(nets), -1, part.shape[-1]) for part in (x, out))
+            kept = []
+            for net, rows, of_rows in zip(wide, *parts, strict=True):
+                seen, layers = run(net, rows)
+                torch.addmm(net.bias, seen, net.weight, out=of_rows)
+                kept += layers
         ctx.fill, ctx.depth = fill, len(nets[0].layers)
-        kept = (part for layers, _ in found for row in layers for part in row)
         ctx.save_for_backward(x, *flat, *kept)
-        return found[0][1] if len(found) == 1 else torch.cat([out for _, out in found])
+        return out
 
     @staticmethod
     @once_differentiable

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nested import fast as fast_state
 from worldmodel.encoder import Decoder, Encoder
-from worldmodel.heads import Binary, Draws, TwoHot, kl
+from worldmodel.heads import Binary, Draws, TwoHot, balanced_kl
 from worldmodel.nets import at_least_float32, exact_on_cpu
 from worldmodel.rssm import RSSM, MemoryUse, Posterior
 from worldmodel.step import step
@@ -106,8 +106,7 @@ class WorldModel(nn.Module):
         targets = {key: value.flatten(0, 1) for key, value in batch.obs.items()}
         errors = self.decoder.errors(deter.flatten(0, 1), stoch.flatten(0, 1), targets)
         losses = {key: value.view(lead) for key, value in errors.items()}
-        losses["dyn"] = kl(post.detach(), prior).clamp(min=self.free_nats)
-        losses["rep"] = kl(post, prior.detach()).clamp(min=self.free_nats)
+        losses["dyn"], losses["rep"] = balanced_kl(post, prior, self.free_nats)
         losses["reward"] = self.reward.loss(self.reward(feature), batch.reward)
         target = (~batch.terminal).float() * self.discount
         losses["continue"] = self.continues.loss(self.continues(feature), target)

@@ -94,7 +94,7 @@ def addmm(add: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return torch.addmm(add, x, weight)
     groups, _, n_out = weight.shape
     rows = x.view(groups, -1, x.shape[-1])
-    return torch.bmm(rows, weight).add_(add.view(groups, -1, n_out)).view(-1, n_out)
+    return torch.baddbmm(add.view(groups, -1, n_out), rows, weight).view(-1, n_out)
 
 
 def matmul(x: Tensor, weight: Tensor) -> Tensor:
@@ -120,15 +120,22 @@ def times(x: Tensor, scale: Tensor, ndim: int = 1) -> Tensor:
     """x (..., *S) times scale, whose shape S without groups has `ndim` axes."""
     if scale.ndim == ndim:
         return x * scale
-    return (x.reshape(len(scale), -1, *scale.shape[1:]) * scale.unsqueeze(1)).view(x.shape)
+    return (x.reshape(by_group(scale)) * scale.unsqueeze(1)).view(x.shape)
 
 
 def times_(x: Tensor, scale: Tensor, ndim: int = 1) -> Tensor:
     """`times` in place of x, without gradients."""
     if scale.ndim == ndim:
         return x.mul_(scale)
-    x.view(len(scale), -1, *scale.shape[1:]).mul_(scale.unsqueeze(1))
+    x.view(by_group(scale)).mul_(scale.unsqueeze(1))
     return x
+
+
+def by_group(scale: Tensor) -> list[int]:
+    """Shape (G, -1, *S) of rows that meet a scale (G, *S)."""
+    shape = list(scale.shape)
+    shape.insert(1, -1)
+    return shape
 
 
 def plus(x: Tensor, bias: Tensor) -> Tensor:
@@ -151,13 +158,13 @@ def outer(x: Tensor, grad: Tensor, groups: int = 0) -> Tensor:
     return torch.bmm(x.view(groups, -1, x.shape[1]).mT, grad.view(groups, -1, grad.shape[1]))
 
 
-def rms(x: Tensor, scale: Tensor, ndim: int = 1) -> Tensor:
+def rms(x: Tensor, scale: Tensor, ndim: int = 1, epsilon: float = EPSILON) -> Tensor:
     """x (..., *S) over its root mean square along the last axis, times scale, as in `times`."""
     if scale.dtype != x.dtype:
         scale = scale.to(x.dtype)
     if scale.ndim == 1:
-        return F.rms_norm(x, scale.shape, scale, EPSILON)
-    return times(F.rms_norm(x, scale.shape[-1:], None, EPSILON), scale, ndim)
+        return F.rms_norm(x, scale.shape, scale, epsilon)
+    return times(F.rms_norm(x, scale.shape[-1:], None, epsilon), scale, ndim)
 
 
 class RMSNorm(nn.Module):
@@ -188,11 +195,11 @@ def silu_of_rms(x: Tensor, scale: Tensor, ndim: int = 1) -> Tensor:
     return silu_(x * inverse_rms(x), scale, ndim)
 
 
-def silu_of_rms_(x: Tensor, scale: Tensor, ndim: int = 1) -> Tensor:
+def silu_of_rms_(x: Tensor, scale: Tensor, ndim: int = 1, epsilon: Tensor | None = None) -> Tensor:
     """`silu_of_rms` that may overwrite x."""
     if half(x):
         return silu_of_rms(x, scale, ndim)
-    return silu_(x.mul_(inverse_rms(x)), scale, ndim)
+    return silu_(x.mul_(inverse_rms(x, epsilon)), scale, ndim)
 
 
 def silu_(normal: Tensor, scale: Tensor, ndim: int = 1) -> Tensor:

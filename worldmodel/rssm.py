@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from nested import fast as fast_state
 from worldmodel.cell import Draw, Plain, Weights
 from worldmodel.heads import Draws, race, unimix
-from worldmodel.mlp import MLP, Dense
+from worldmodel.mlp import MLP, Dense, Net
 from worldmodel.nets import BlockLinear, RMSNorm, affine, matmul, read_dtype, readable
-from worldmodel.prior import embedded, folded, step
+from worldmodel.prior import Chooser, dreamed, embedded, folded, step
 from worldmodel.tape import Filter, Tape
 from worldmodel.types import Carry, Latent
 
@@ -44,6 +44,14 @@ class Dream(NamedTuple):
     feature: Tensor  # (N, H, F) what heads read of the states 0 .. H - 1
     last: Tensor  # (N, F) of state H
     action: Tensor  # (N, H, A)
+    rows: Tensor | None  # (N * H + N, F) both one after the other, but not of groups
+
+    def judged(self, head: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a head gives (...) of features (..., F), of all states: (N, H + 1)."""
+        if self.rows is None:
+            return torch.cat([head(self.feature), head(self.last[:, None])], 1)
+        found, n = head(self.rows), len(self.last)
+        return torch.cat([found[:-n].view(n, -1), found[-n:, None]], 1)
 
 
 class RSSM(nn.Module):
@@ -173,28 +181,53 @@ class RSSM(nn.Module):
         """
         weights, shares = self._hoist()
         prior = folded(weights), self.prior_net.net(), self._draw
-        recall, embedding = self.recall(use), self._embedding(shares, choices)
-        deter, stoch, fast = carry.latent.deter, carry.latent.stoch.flatten(1), carry.fast
+        deter, stoch = carry.latent.deter, carry.latent.stoch.flatten(1)
         noises = race((horizon, len(deter), self.stoch, self.classes), generator, 1)
-        features = deter.new_empty(len(deter), horizon, self.feature, dtype=read_dtype(deter))
-        last = torch.empty_like(features[:, 0])
+        n, size = len(deter), self.feature
+        both = deter.new_empty(n * horizon + n, size, dtype=read_dtype(deter))
+        features, last = both[:-n].view(n, horizon, size), both[-n:]
         rows = [*features.unbind(1), last]
         torch.cat([deter, stoch], -1, out=rows[0])
-        actions: list[Tensor] = []
+        alone = self.memory is None and both.dtype == deter.dtype
         with torch.inference_mode():  # what leaves the loop was made before it, or is made after
-            for feature, ahead, noise in zip(rows, rows[1:], noises, strict=False):
-                action = policy(feature)
-                embed, bias = embedding(action)
-                x = embedded(weights, deter, stoch)
-                recalled, fast = recall(x, embed, fast)
-                # heads may read another precision than that of the state
-                state = ahead if ahead.dtype == deter.dtype else deter.new_empty(ahead.shape)
-                step(*prior, deter, x, recalled, bias, noise, state)
-                deter, stoch = state[:, : self.deter], state[:, self.deter :]
-                if state is not ahead:
-                    ahead.copy_(state)
-                actions.append(action)
-        return Dream(features, last, torch.stack(actions, 1))
+            if alone and isinstance(policy, Chooser) and choices is not None:
+                _, biases = self._choices(shares, choices)
+                of_actor = policy.net, policy.mix, biases
+                states = deter, stoch, noises, policy.noise(n), rows
+                actions, kept = dreamed(*prior, *of_actor, *states)
+                if policy.recording is not None:
+                    policy.recording.steps = kept
+            else:
+                how = self.recall(use), self._embedding(shares, choices)
+                actions = self._dream_by_steps(carry, policy, prior, how, noises, rows)
+        return Dream(features, last, torch.stack(actions, 1), None if weights.groups else both)
+
+    def _dream_by_steps(
+        self,
+        carry: Carry,
+        policy: Callable[[Tensor], Tensor],
+        prior: tuple[Weights, Net, Draw],
+        how: tuple[Recall, Embedding],
+        noises: Tensor,
+        rows: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """Fill rows (N, F) after the first with states; the actions (N, A) that led to them."""
+        (recall, embedding), (weights, *_) = how, prior
+        deter, stoch, fast = carry.latent.deter, carry.latent.stoch.flatten(1), carry.fast
+        actions: list[Tensor] = []
+        for feature, ahead, noise in zip(rows, rows[1:], noises, strict=False):
+            action = policy(feature)
+            embed, bias = embedding(action)
+            x = embedded(weights, deter, stoch)
+            recalled, fast = recall(x, embed, fast)
+            # heads may read another precision than that of the state
+            state = ahead if ahead.dtype == deter.dtype else deter.new_empty(ahead.shape)
+            step(*prior, deter, x, recalled, bias, noise, state)
+            deter, stoch = state[:, : self.deter], state[:, self.deter :]
+            if state is not ahead:
+                ahead.copy_(state)
+            actions.append(action)
+        return actions
 
     def _hoist(self) -> tuple[Weights, Tensor]:
         """What is recurrent, and the action's share (hidden, D) of the mixing layer."""
@@ -248,12 +281,7 @@ class RSSM(nn.Module):
         """`_embed` as a function of the action alone; of few choices it is a table."""
         if choices is None:
             return lambda action: self._embed(action, share)
-        groups = share.shape[:-2]
-        rows = self._embed(choices.repeat(*(groups or (1,)), 1), share)
-        if self.memory is None:  # nobody reads the embedded action but its part of the mixing
-            embed, bias = (x.view(*groups, len(choices), -1) for x in rows)
-            return lambda action: (embed, matmul(action, bias))
-        table = torch.cat(rows, -1).view(*groups, len(choices), -1)
+        table = torch.cat(self._choices(share, choices), -1)
         sizes = [self.hidden, self.deter]
 
         def looked_up(action: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,6 +289,13 @@ class RSSM(nn.Module):
             return embed, bias
 
         return looked_up
+
+    def _choices(self, share: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
+        """`_embed` of all actions there are: (A, hidden) and (A, D), of each group."""
+        groups = share.shape[:-2]
+        embed, bias = self._embed(choices.repeat(*(groups or (1,)), 1), share)
+        shape = (*groups, len(choices), -1)
+        return embed.view(shape), bias.view(shape)
 
     def probs(self, logits: Tensor) -> Tensor:
         """Probabilities (..., S, C) of logits (..., S * C)."""

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from experiments.benchmarks.timing.worker import Worker, WorkerError
 from experiments.config import ConfigError
 
 PEERS = Path(__file__).parent / "timing" / "peers"
-SECTIONS = ("update", "policy", "small", "levels")
+SECTIONS = ("update", "policy", "small", "seeds", "levels")
 CYCLE = 16  # updates in a round of `levels`: the longest period
 SCHEDULES = ("plain", "k1", "k3", "k5")
 DTYPES = ("float32", "bfloat16")
@@ -169,6 +170,33 @@ def policies(asked: Asked) -> Iterator[Row]:
                 yield row | {"steps_per_s": batch / row["step_s"], **peaks[0]}
 
 
+def side_by_side(count: int, asked: Asked) -> Iterator[Row]:
+    """So many small agents learning together, divided over processes of one thread each.
+
+    What each of them costs: an update of the slowest process over the number of agents.
+    """
+    sizes = [len(part) for part in np.array_split(range(count), min(asked.threads, count))]
+    specs = [asked.spec(kind="seeds", size="tiny", batch=n)._replace(threads=1) for n in sizes]
+    with ExitStack() as stack:
+        workers = [stack.enter_context(open_worker(spec)) for spec in specs]
+        pool = stack.enter_context(ThreadPoolExecutor(len(workers)))
+
+        def all_at_once(steps: int) -> list[Row]:
+            return list(pool.map(lambda worker: worker.ask("time", steps), workers))
+
+        params = workers[0].hello()["params"]
+        all_at_once(asked.warmup)
+        rounds = [all_at_once(asked.steps) for _ in range(asked.rounds)]
+    seconds = [max(np.median(row["seconds"]) for row in round_) / count for round_ in rounds]
+    found = bootstrap(np.array(seconds), np.random.default_rng(0), median)
+    yield {
+        "what": "seeds", "who": "nested", "seeds": count, "processes": len(sizes),
+        "params": params, "device": asked.device, "step_s": found.value,
+        "step_s_95": [found.low, found.high], "rss_mb": sum(row["rss_mb"] for row in rounds[-1]),
+        "rounds": asked.rounds,
+    }  # fmt: skip
+
+
 def ladder(size: str, asked: Asked) -> Iterator[Row]:
     """The whole step on k levels beside one optimizer on everything, in one process."""
     spec = asked.spec(kind="levels", size=size)
@@ -225,6 +253,9 @@ def measure(asked: Asked, words: argparse.Namespace) -> Iterator[Row]:
         tell("small ...")
         spec = asked.spec(kind="small", size="tiny")._replace(threads=1)
         yield from updates(spec, asked._replace(peers=()), machine.of(spec))
+    if "seeds" in chosen:
+        tell(f"{words.seeds} seeds ...")
+        yield from side_by_side(words.seeds, asked)
     if "levels" in chosen:
         tell(f"levels of {words.levels} ...")
         yield from ladder(words.levels, asked)
@@ -242,6 +273,8 @@ TABLES = {
     "ratio": ("paired with peers: their time / ours",
               "peer size dtype threads ratio ratio_95 cpu_ratio"),
     "small": ("the scale of CartPole", "who params threads step_s step_s_95 gflop limit_ratio"),
+    "seeds": ("as many of them side by side; the time of each",
+              "who params seeds processes step_s step_s_95 rss_mb"),
     "policy": ("acting", "who size encoder batch threads step_s steps_per_s"),
     "levels": ("whole step on k levels / one optimizer on everything",
                "size schedule threads step_s ratio ratio_95"),
@@ -326,6 +359,14 @@ def arguments() -> argparse.ArgumentParser:
     add("--policy", action="store_true", help="environment steps per second of acting alone")
     add("--small", action="store_true", help="an update at the scale of CartPole, one thread")
     add(
+        "--seeds",
+        nargs="?",
+        const=8,
+        type=int,
+        metavar="N",
+        help="N agents of that scale together (default 8), divided over --threads processes",
+    )
+    add(
         "--levels",
         nargs="?",
         const="small",
@@ -357,9 +398,10 @@ def arguments() -> argparse.ArgumentParser:
 
 def checked(words: argparse.Namespace) -> Asked:
     """What was asked. Raises ConfigError."""
-    for name in ("threads", "rounds", "steps", "warmup"):
-        if getattr(words, name) < 1:
-            raise ConfigError(f"--{name}", getattr(words, name), "is too few", "give 1 or more")
+    for name in ("threads", "rounds", "steps", "warmup", "seeds"):
+        count = getattr(words, name)
+        if count is not None and count < 1:
+            raise ConfigError(f"--{name}", count, "is too few", "give 1 or more")
     for python in words.peer_python:
         if not os.access(python, os.X_OK):
             raise ConfigError("--peer-python", python, "is no program", "give a venv's bin/python")

@@ -134,8 +134,8 @@ def test_the_actor_learns_which_imagined_action_is_rewarded(monkeypatch: pytest.
             return feature[..., -1]
 
     class Continues(torch.nn.Module):
-        def forward(self, feature):
-            return torch.full(feature.shape[:-1], 9.0)
+        def probability(self, feature):
+            return torch.full(feature.shape[:-1], 9.0).sigmoid()
 
     posterior, _ = agent.world.observe(batch, agent.initial(8))
     parts = {"reward": Rewarded(), "continues": Continues()}
@@ -149,7 +149,7 @@ def test_the_actor_learns_which_imagined_action_is_rewarded(monkeypatch: pytest.
         feature[:, 0, -1] = 0.0
         feature[:, 1:, -1] = dream.action[:, :-1, 2]
         last[:, -1] = dream.action[:, -1, 2]
-        return dream._replace(feature=feature, last=last)
+        return dream._replace(feature=feature, last=last, rows=None)
 
     monkeypatch.setattr(agent.world.dynamics, "imagine", marked)
     optimizer = torch.optim.Adam([*agent.actor.parameters(), *agent.critic.parameters()], 3e-3)

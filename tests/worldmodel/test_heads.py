@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from worldmodel import TwoHot
 from worldmodel.heads import (
+    balanced_kl,
     chosen,
     cross_entropy,
     kl,
@@ -153,3 +154,20 @@ def test_chosen_is_a_sample_of_the_mixture(mix: float, scale: int) -> None:
     assert torch.equal(chosen(logits, noise, mix), sample(unimix(logits, mix), noise))
     low = chosen(logits.bfloat16(), noise, mix)
     assert torch.equal(low.double(), sample(unimix(logits.bfloat16(), mix), noise).double())
+
+
+@pytest.mark.parametrize("free", [0.0, 0.3, 100.0])
+def test_a_balanced_kl_is_both_of_its_directions(free: float):
+    g = torch.Generator().manual_seed(0)
+    raw = [torch.randn(5, 2, 3, generator=g, dtype=torch.float64) for _ in range(2)]
+    found = []
+    for by_hand in (True, False):
+        p, q = (unimix(x.clone().requires_grad_(), 0.01) for x in raw)
+        if by_hand:
+            dyn, rep = balanced_kl(p, q, free)
+        else:
+            dyn, rep = kl(p.detach(), q).clamp(min=free), kl(p, q.detach()).clamp(min=free)
+        out = torch.arange(5.0) @ dyn.float() + torch.arange(1.0, 6.0) @ rep.float()
+        found.append([dyn, rep, *torch.autograd.grad(out, [p, q], allow_unused=True)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.worldmodel.small import off_start
-from worldmodel import hand
+from worldmodel import hand, prior
 from worldmodel.script import read, scripted
 
 
@@ -23,7 +23,7 @@ def test_what_torchscript_reads_is_interpreted_by_it():
 
 def test_the_loops_by_hand_are_read():
     """Where one were not, it would run as slowly as before and nobody would notice."""
-    for function in (hand.filtered, hand.filtered_back):
+    for function in (hand.filtered, hand.filtered_back, prior.dreamed):
         assert isinstance(read(function.__wrapped__), torch.jit.ScriptFunction)  # pyright: ignore
 
 

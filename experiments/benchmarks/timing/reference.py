@@ -30,14 +30,14 @@ SHARED = (
 class Spec(NamedTuple):
     """What one process measures."""
 
-    kind: str = "update"  # update, small, policy, levels, machine
+    kind: str = "update"  # update, small, seeds, policy, levels, machine
     size: str = "1m"
     dtype: str = "float32"
     encoder: str = "faithful"
     schedule: str = "plain"  # or k1, k3, k5
     threads: int = 1
     device: str = "cpu"
-    batch: int = 16  # environment slots of a policy
+    batch: int = 16  # environment slots of a policy, seeds side by side
     overrides: tuple[str, ...] = ()  # field=value, last word on the configuration
 
     def dump(self) -> str:
@@ -56,7 +56,7 @@ def configured(spec: Spec) -> Config:
 
     Raises ConfigError for overrides that cannot run.
     """
-    small = spec.kind == "small" or spec.size == "small"
+    small = spec.kind in ("small", "seeds") or spec.size == "small"
     fields = [
         *(SMALL if small else (*REFERENCE, f"model.size={spec.size}")),
         f"model.encoder={spec.encoder}",

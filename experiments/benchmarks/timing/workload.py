@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agents.group import Group
 from experiments import show
 from experiments.benchmarks.timing import parts
 from experiments.benchmarks.timing.flops import update_flops
@@ -30,6 +31,7 @@ from experiments.envs import Row
 from experiments.envs.rows import random_action
 from experiments.loop import Loop
 from experiments.record import Run
+from experiments.together import learn as learn_together
 from experiments.train import learn
 from timescales import Timescales
 from worldmodel import ObsSpec
@@ -113,14 +115,10 @@ def subject(spec: Spec) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]
         return machine(spec)
     if spec.kind == "levels":
         return ladder(spec)
+    if spec.kind == "seeds":
+        return side_by_side(spec)
     loop = loop_of(spec)
     step = policy(loop, spec.batch) if spec.kind == "policy" else lambda: learn(loop)
-
-    def timed(count: int) -> dict[str, Any]:
-        wall, cpu = seconds(step, count, loop.device)
-        peaks = {"rss_mb": peak_mb(), "device_mb": device_mb(loop.device)}
-        return {"seconds": wall, "cpu_seconds": cpu, **peaks}
-
     replay = loop.config.replay
     hello = {
         "params": sum(p.numel() for p in loop.agent.parameters()),
@@ -128,11 +126,31 @@ def subject(spec: Spec) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]
         "length": replay.length,
     }
     return hello, {
-        "time": timed,
+        "time": timer(step, loop.device),
         "flops": lambda _: {"gflop": update_flops(loop) / 1e9},
         "parts": lambda count: parts.profile(loop, count),
         "operators": lambda count: {"operators": parts.operators(loop, count)},
     }
+
+
+def timer(step: Callable[[], object], device: torch.device) -> Callable[[int], dict[str, Any]]:
+    """Answers how long so many steps took, and the peak of the memory."""
+
+    def timed(count: int) -> dict[str, Any]:
+        wall, cpu = seconds(step, count, device)
+        peaks = {"rss_mb": peak_mb(), "device_mb": device_mb(device)}
+        return {"seconds": wall, "cpu_seconds": cpu, **peaks}
+
+    return timed
+
+
+def side_by_side(spec: Spec) -> tuple[dict[str, Any], dict[str, Callable[[int], Any]]]:
+    """So many agents of one shape that learn together, as `train_together` has them."""
+    seeds = [(*spec.overrides, f"seed={seed}") for seed in range(spec.batch)]
+    loops = [loop_of(spec._replace(overrides=fields)) for fields in seeds]
+    group = Group([loop.agent for loop in loops])
+    step = timer(lambda: learn_together(group, loops), loops[0].device)
+    return {"params": sum(p.numel() for p in loops[0].agent.parameters())}, {"time": step}
 
 
 class Textbook:

@@ -114,7 +114,7 @@ def test_every_combination_has_a_row_and_peers_meet_the_faithful_ones(
 
 
 def test_other_sections(scripted: list[str], capsys: pytest.CaptureFixture[str]):
-    words = ["--policy", "--small", "--levels", "--threads", "2", "--rounds", "2"]
+    words = ["--policy", "--small", "--seeds", "5", "--levels", "--threads", "2", "--rounds", "2"]
     rows = rows_of(capsys, *words)
     policies = [row for row in rows if row["what"] == "policy"]
     cases = {(row["threads"], row["encoder"], row["batch"]) for row in policies}
@@ -122,6 +122,9 @@ def test_other_sections(scripted: list[str], capsys: pytest.CaptureFixture[str])
     assert {row["steps_per_s"] for row in policies} == {0.5, 8.0}
     (small,) = (row for row in rows if row["what"] == "small")
     assert (small["threads"], small["params"]) == (1, 7)
+    (seeds,) = (row for row in rows if row["what"] == "seeds")
+    assert (seeds["seeds"], seeds["processes"], seeds["rss_mb"]) == (5, 2, 18)
+    assert seeds["step_s"] == pytest.approx(small["step_s"] / 5)
     levels = {row["schedule"]: row for row in rows if row["what"] == "levels"}
     assert levels["k=3"]["ratio"] == 0.75
     assert levels["plain"]["step_s"] == 1.0
@@ -129,7 +132,8 @@ def test_other_sections(scripted: list[str], capsys: pytest.CaptureFixture[str])
 
 
 def test_tables_show_every_kind(scripted: list[str], capsys: pytest.CaptureFixture[str]):
-    words = ["--update", "--policy", "--small", "--levels", "--profile", "--peer-python", "a"]
+    words = ["--update", "--policy", "--small", "--seeds", "--levels", "--profile"]
+    words += ["--peer-python", "a"]
     assert speed.main([*words, "--sizes", "1m", "--threads", "1"]) == 0
     out = capsys.readouterr().out
     assert "peer-1.0" in out and "1,024" in out and "75.0%" in out and "aten::mm" in out
