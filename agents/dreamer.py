@@ -119,7 +119,7 @@ class Dreamer(nn.Module):
     ) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
         """Losses of actor and critic in imagination; returns, slow values (B, K) of its starts."""
         starts = self.world.starts(posterior, self.starts)
-        recording = self.actor.net.recording(starts.latent.deter)
+        recording = self.actor.net.recording(starts.latent.deter, self.horizon)
         dream = self.world.dynamics.imagine(
             starts,
             policy_of(self.actor, self.horizon, generator, recording),

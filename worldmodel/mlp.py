@@ -36,6 +36,7 @@ from worldmodel.nets import (
 )
 
 BLOCK = 1280  # rows whose outputs fit a cache
+RECORDED = 3 << 12  # rows, at most
 
 
 class Dense(nn.Module):
@@ -123,9 +124,13 @@ class MLP(nn.Module):
         ]
         return Net(layers, self.out.weight, self.out.bias)
 
-    def recording(self, like: Tensor) -> "Recording | None":
-        """An empty one, where a node by hand can read it for rows such as `like`."""
-        return Recording(self.net()) if by_hand(like) else None
+    def recording(self, like: Tensor, steps: int) -> "Recording | None":
+        """An empty one for so many steps of rows such as `like` (N, ...), where a node can read it.
+
+        None for many thousands of rows: to keep them costs memory, to work them out again little.
+        """
+        few = len(like) * steps <= RECORDED
+        return Recording(self.net()) if few and by_hand(like) else None
 
 
 def by_hand(x: Tensor) -> bool:

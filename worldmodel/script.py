@@ -14,18 +14,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+LARGE = 1 << 19  # elements of a tensor
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def scripted(function: Function) -> Function:
-    """The function in TorchScript from its first call on, where its tensors are on a CPU."""
+    """The function in TorchScript from its first call on, where its tensors are few and on a CPU.
+
+    Large ones gain nothing, and TorchScript lets go of them later.
+    """
     found: list[Callable[..., Any]] = []
 
     @wraps(function)
     def call(*args: Any) -> Any:
-        like = next(x for x in args if isinstance(x, Tensor))
-        on_cpu = like.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        if not on_cpu or torch.compiler.is_compiling():
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        small = max(x.numel() for x in tensors) < LARGE and tensors[0].device.type == "cpu"
+        if not small or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return function(*args)
         if not found:
             found.append(read(function))

@@ -57,7 +57,7 @@ def test_a_recording_stands_in_for_the_way_there(monkeypatch: pytest.MonkeyPatch
     net, weights = make(groups, 3)
     x = torch.randn(6, 4, 5, dtype=torch.float64)
     expected, slow = grads_of(net, weights, x)
-    recording = fast.bind(net, weights, MLP.recording)(x)
+    recording = fast.bind(net, weights, MLP.recording)(x, 4)
     assert recording is not None
     with torch.no_grad():
         steps = [fast.bind(net, weights, MLP.forward)(row, recording) for row in x.unbind(1)]
@@ -71,11 +71,12 @@ def test_a_recording_stands_in_for_the_way_there(monkeypatch: pytest.MonkeyPatch
 
 def test_nothing_is_recorded_where_no_node_could_read_it():
     net, x = MLP(5, 3, 6, 1), torch.randn(2, 5)
-    assert net.recording(x) is not None
+    assert net.recording(x, 3) is not None
+    assert net.recording(x, mlp.RECORDED) is None
     with torch.no_grad():
-        assert net.recording(x) is None
+        assert net.recording(x, 3) is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert net.recording(x) is None
+        assert net.recording(x, 3) is None
     vmapped = torch.func.vmap(lambda row: net(row))(torch.randn(4, 2000, 5))
     assert vmapped.shape == (4, 2000, 3)
 

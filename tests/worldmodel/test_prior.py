@@ -35,7 +35,7 @@ def test_a_dream_of_choices_is_the_dream_step_by_step():
     found = []
     for alone in (True, False):
         generator = torch.Generator().manual_seed(2)
-        recording = agent.actor.net.recording(starts.latent.deter)
+        recording = agent.actor.net.recording(starts.latent.deter, 5)
         assert recording is not None
         policy = policy_of(agent.actor, 5, generator, recording)
         assert isinstance(policy, Chooser)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.worldmodel.small import off_start
-from worldmodel import hand, prior
+from worldmodel import hand, prior, script
 from worldmodel.script import read, scripted
 
 
@@ -36,16 +36,17 @@ def test_without_torchscript_the_function_serves(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(scripted(double)(torch.ones(2), 2), torch.full((2,), 4.0))
 
 
-def test_under_autocast_the_function_itself_runs():
+def test_under_autocast_and_for_large_tensors_the_function_itself_runs():
     seen = []
 
     def once(x: torch.Tensor) -> torch.Tensor:
-        seen.append(x.dtype)  # a list from outside: TorchScript could not read it
+        seen.append(len(x))  # a list from outside: TorchScript could not read it
         return x
 
     with torch.autocast("cpu", torch.bfloat16):
         scripted(once)(torch.ones(2))
-    assert seen == [torch.float32]
+    scripted(once)(torch.ones(script.LARGE))
+    assert seen == [2, script.LARGE]
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
