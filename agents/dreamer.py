@@ -77,7 +77,8 @@ class Dreamer(nn.Module):
         """Encoded action (B, A) for rows (B, ...), and the carry after them."""
         with torch.inference_mode():
             after = self.world.step(row, carry, generator, use)
-            action = policy_of(self.actor, 1, generator)(features(*after.latent))
+            raw = self.actor.net(features(*after.latent))
+            action = self.actor.sample(raw, self.actor.noise(1, len(raw), generator)[0])
         return fast.tree_map(outside, (action, after))
 
     def losses(

@@ -89,11 +89,9 @@ class MLP(nn.Module):
         """
         if recording is not None and not torch.is_grad_enabled():
             return recording.add(x)
-        net = self.net()
         if x.numel() < MANY or not by_hand(x):
-            wide = net.filled(self.fill)
-            return affine(self.hidden(x), wide.weight, wide.bias)
-        rows = Through.apply(x.flatten(0, -2), recording, self.fill, *net.flat)
+            return affine(self.hidden(x), *filled(self.out.weight, self.out.bias, self.fill))
+        rows = Through.apply(x.flatten(0, -2), recording, self.fill, *self.net().flat)
         return rows.view(*x.shape[:-1], -1)
 
     def hidden(self, x: Tensor) -> Tensor:
@@ -177,12 +175,8 @@ class Net(NamedTuple):
         return cls([Weights(*row) for row in triples(layers)], weight, bias)
 
     def filled(self, fill: float | None) -> "Net":
-        """With more outputs of the value `fill`, up to a whole number of vector registers."""
-        if fill is None:
-            return self
-        more = (0, -self.weight.shape[-1] % ALIGNED)
-        wide = F.pad(self.weight, more), F.pad(self.bias, more, value=fill)
-        return Net(self.layers, *wide)
+        """With an output layer as of `filled`."""
+        return Net(self.layers, *filled(self.weight, self.bias, fill))
 
     def groups(self) -> "list[Net]":
         """The net of each group; itself, if it has none."""
@@ -193,6 +187,14 @@ class Net(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """The output (R, out) of rows (R, in), without gradients."""
         return through(self, x)
+
+
+def filled(weight: Tensor, bias: Tensor, fill: float | None) -> tuple[Tensor, Tensor]:
+    """An output layer with more outputs of the value `fill`, to whole vector registers."""
+    if fill is None:
+        return weight, bias
+    more = (0, -weight.shape[-1] % ALIGNED)
+    return F.pad(weight, more), F.pad(bias, more, value=fill)
 
 
 def triples(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
