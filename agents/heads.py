@@ -6,7 +6,7 @@ are categoricals with 1 % uniform mixing; continuous ones a normal with bounded 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,9 @@ class DiscreteActor(nn.Module):
             return unimix(raw, self.mix)
         return torch.cat([unimix(block, self.mix) for block in raw.split(self.sizes, -1)], -1)
 
-    def noise(self, steps: int, rows: int, generator: Draws) -> Sequence[Tensor]:
-        """What `sample` draws with at each step: (rows, A)."""
-        return race((steps, rows, sum(self.sizes)), generator, 1).unbind(0)
+    def noise(self, steps: int, rows: int, generator: Draws) -> Tensor:
+        """What `sample` draws with at each step: (steps, rows, A)."""
+        return race((steps, rows, sum(self.sizes)), generator, 1)
 
     def sample(self, raw: Tensor, noise: Tensor) -> Tensor:
         """A draw (rows, A), from what the network gives."""
@@ -85,10 +85,10 @@ class ContinuousActor(nn.Module):
         spread = (self.high - self.low) * (deviation + 2.0).sigmoid() + self.low
         return torch.cat([mean.tanh(), spread], -1)
 
-    def noise(self, steps: int, rows: int, generator: Draws) -> Sequence[Tensor]:
-        """What `sample` draws with at each step: (rows, A)."""
+    def noise(self, steps: int, rows: int, generator: Draws) -> Tensor:
+        """What `sample` draws with at each step: (steps, rows, A)."""
         shape = rows, self.net.out.weight.shape[-1] // 2
-        return [drawn(torch.randn, shape, generator, 0) for _ in range(steps)]
+        return torch.stack([drawn(torch.randn, shape, generator, 0) for _ in range(steps)])
 
     def sample(self, raw: Tensor, noise: Tensor) -> Tensor:
         """A draw (rows, A), from what the network gives.
@@ -117,19 +117,19 @@ def policy_of(
     actor: Actor, steps: int, generator: Draws, recording: Recording | None = None
 ) -> Callable[[Tensor], Tensor]:
     """Features (N, F) to actions (N, A), for so many steps; nothing is drawn before the first."""
+
+    def noise(rows: int) -> Tensor:
+        return actor.noise(steps, rows, generator)
+
     if isinstance(actor, DiscreteActor) and len(actor.sizes) == 1:
+        return Chooser(actor.net.net(), actor.mix, noise, recording)
 
-        def races(rows: int) -> Tensor:
-            return race((steps, rows, *actor.sizes), generator, 1)
-
-        return Chooser(actor.net.net(), actor.mix, races, recording)
-
-    noise: list[Tensor] = []
+    left: list[Tensor] = []
 
     def act(feature: Tensor) -> Tensor:
-        if not noise:
-            noise.extend(actor.noise(steps, len(feature), generator)[::-1])
-        return actor.sample(actor.net(feature, recording), noise.pop())
+        if not left:
+            left.extend(noise(len(feature)).unbind(0)[::-1])
+        return actor.sample(actor.net(feature, recording), left.pop())
 
     return act
 

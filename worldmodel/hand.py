@@ -331,11 +331,6 @@ def filtered_back(
     return g_deter, g_stoch, entering, leaving
 
 
-def joined(steps: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """What steps kept, (B, ...) each, as one: (B * T, ...), the rows of a group together."""
-    return [torch.stack(x, 1).flatten(0, 1) for x in zip(*steps, strict=True)]
-
-
 def weight_grads(
     w: Weights, entered: Entered, left: Left, e: EnterGrads, g: LeaveGrads
 ) -> tuple[Tensor | None, ...]:

@@ -74,6 +74,8 @@ class TwoHot(nn.Module):
 
         probs: the softmax of the logits, without gradients, where it is known.
         """
+        if len(weights) != len(targets):
+            raise ValueError(f"{len(targets)} targets need as many weights, not {len(weights)}")
         index, share = self._places(torch.stack(targets, -1))
         if any(weight != 1.0 for weight in weights):
             share = share * share.new_tensor(weights)[:, None]

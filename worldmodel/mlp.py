@@ -27,6 +27,7 @@ from worldmodel.nets import (
     addmm,
     affine,
     inverse_rms,
+    joined,
     norm_silu,
     norm_silu_grads,
     outer,
@@ -242,7 +243,7 @@ class Recording:
         (N * steps / groups, ...) and (N * steps, out), the steps of a row together.
         """
         steps, self.steps = self.steps, []
-        *kept, out = (torch.stack(x, 1).flatten(0, 1) for x in zip(*steps, strict=True))
+        *kept, out = joined(steps)
         by_group = zip(*(part.chunk(groups) for part in kept), strict=True)
         return [part for group in by_group for part in group], out
 

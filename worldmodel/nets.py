@@ -9,6 +9,7 @@ order, and each part meets weights of its own. So many small agents run as one (
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -148,6 +149,11 @@ def plus(x: Tensor, bias: Tensor) -> Tensor:
 def sum_rows(x: Tensor, groups: int) -> Tensor:
     """Sum of x (B, ...) over its rows, of each of `groups` parts; 0 groups: over all."""
     return x.view(groups, -1, *x.shape[1:]).sum(1) if groups else x.sum(0)
+
+
+def joined(steps: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """What T steps kept, (B, ...) each, as one: (B * T, ...), the rows of a group together."""
+    return [torch.stack(x, 1).flatten(0, 1) for x in zip(*steps, strict=True)]
 
 
 def outer(x: Tensor, grad: Tensor, groups: int = 0) -> Tensor:

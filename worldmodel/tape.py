@@ -22,7 +22,6 @@ from worldmodel.hand import (
     enter_back,
     filtered,
     filtered_back,
-    joined,
     leave,
     leave_back,
     slope,
@@ -30,7 +29,7 @@ from worldmodel.hand import (
     spread,
     weight_grads,
 )
-from worldmodel.nets import matmul
+from worldmodel.nets import joined, matmul
 
 
 class Filter(torch.autograd.Function):

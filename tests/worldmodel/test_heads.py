@@ -171,3 +171,10 @@ def test_a_balanced_kl_is_both_of_its_directions(free: float):
         found.append([dyn, rep, *torch.autograd.grad(out, [p, q], allow_unused=True)])
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+def test_every_target_needs_a_weight():
+    head = TwoHot(4, 8, 1)
+    logits, target = head(torch.randn(5, 4)), torch.zeros(5)
+    with pytest.raises(ValueError, match="2 targets need as many weights, not 1"):
+        head.loss(logits, target, target)
