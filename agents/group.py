@@ -23,7 +23,11 @@ SCALE = "return_scale."  # the only state of an agent that is not a parameter
 
 
 class Group:
-    """G agents that act and learn together; rows and carries of all are joined along the batch."""
+    """G agents that act and learn together; rows and carries of all are joined along the batch.
+
+    Their weights stand together from then on, and an agent's are a part of them: it may be loaded,
+    saved and stepped as ever, but not moved, nor be in two groups.
+    """
 
     def __init__(self, agents: Sequence[Dreamer]):
         shapes = [{name: p.shape for name, p in agent.named_parameters()} for agent in agents]
@@ -32,17 +36,22 @@ class Group:
         if any(p.ndim > 3 for p in agents[0].parameters()):
             raise ValueError("a group is for vectors: convolutions gain nothing by it")
         self.agents = list(agents)
+        each = [{**dict(agent.named_parameters()), **_state(agent)} for agent in agents]
+        self._weights = {name: side_by_side([own[name] for own in each]) for name in each[0]}
 
     def __len__(self) -> int:
         return len(self.agents)
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters and state of all agents, (G, ...) each; gradients go to the agents' own."""
-        columns: dict[str, list[Tensor]] = {}
-        for agent in self.agents:
-            for name, value in [*agent.named_parameters(), *_state(agent).items()]:
-                columns.setdefault(name, []).append(value)
-        return {name: torch.stack(column) for name, column in columns.items()}
+        """Parameters and state of all agents, (G, ...) each; gradients go to the agents' own.
+
+        Raises RuntimeError if an agent's are elsewhere by now.
+        """
+        name, ours = next(iter(self._weights.items()))
+        for agent, part in zip(self.agents, ours.detach(), strict=True):
+            if agent.get_parameter(name).data_ptr() != part.data_ptr():
+                raise RuntimeError("an agent was moved, or is in another group: make this one anew")
+        return self._weights
 
     @torch.no_grad()
     def act(
@@ -64,15 +73,8 @@ class Group:
         Every loss keeps its rows, those of one agent together.
         """
         slow = {name: torch.stack([s[name] for s in slow_critics]) for name in slow_critics[0]}
-        weights = self.weights()
-        total, outcome = fast_state.bind(self.agents[0], weights, learn)(
-            batch, carry, slow, generators
-        )
-        with torch.no_grad():
-            for g, agent in enumerate(self.agents):
-                for name, value in _state(agent).items():
-                    value.copy_(weights[name][g])
-        return total, outcome
+        together = fast_state.bind(self.agents[0], self.weights(), learn)
+        return together(batch, carry, slow, generators)
 
     def split(self, outcome: Outcome) -> list[Outcome]:
         """The outcome of each agent, without gradients."""
@@ -108,5 +110,23 @@ def split_rows(tree: Any, groups: int) -> list[Any]:
     return [part(g) for g in range(groups)]
 
 
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """All parts as one, (G, ...): they are views of it from now on, and its gradients theirs."""
+    whole = torch.stack([part.detach() for part in parts])
+    for part, place in zip(parts, whole, strict=True):
+        part.data = place
+
+    def hand_out(whole: Tensor) -> None:
+        assert whole.grad is not None
+        for part, grad in zip(parts, whole.grad, strict=True):
+            part.grad = grad if part.grad is None else part.grad.add_(grad)
+        whole.grad = None
+
+    if parts[0].requires_grad:
+        whole.requires_grad_().register_post_accumulate_grad_hook(hand_out)
+    return whole
+
+
 def _state(agent: Dreamer) -> dict[str, Tensor]:
-    return {SCALE + name: value for name, value in agent.return_scale.state_dict().items()}
+    scale = agent.return_scale
+    return {SCALE + name: scale.get_buffer(name) for name in scale.state_dict()}

@@ -103,3 +103,34 @@ def test_agents_of_two_shapes_or_with_images_are_refused():
         Group([make_agent(), make_agent(layers=2)])
     with pytest.raises(ValueError, match="vectors"):
         Group([make_agent(MIXED)])
+
+
+def test_a_second_backward_adds_to_the_agents_gradients_and_a_dropped_one_starts_anew():
+    agents = make_agents(DISCRETE)
+    batch = join_rows([double(make_batch(shape=(ROWS, 6), seed=g)) for g in range(COUNT)])
+    carry = join_rows([agent.initial(ROWS) for agent in agents])
+    group, slow = Group(agents), [slow_of(agent) for agent in agents]
+
+    def backward():
+        group.losses(batch, carry, slow, generators(0))[0].backward()
+
+    backward()
+    once = [[p.grad + 0 for p in agent.parameters() if p.grad is not None] for agent in agents]
+    agents[1].zero_grad()
+    for agent in agents:
+        torch.nn.init.zeros_(agent.return_scale.low)
+        torch.nn.init.zeros_(agent.return_scale.high)
+    backward()
+    for g, times in enumerate((2, 1, 2)):
+        for p, grad in zip(agents[g].parameters(), once[g], strict=True):
+            torch.testing.assert_close(p.grad, times * grad, rtol=1e-11, atol=1e-11)
+
+
+def test_an_agent_that_was_loaded_stays_in_its_group_and_one_that_was_moved_is_told():
+    agents = make_agents(DISCRETE)
+    group = Group(agents)
+    agents[1].load_state_dict(agents[0].state_dict())
+    assert all(torch.equal(w[0], w[1]) for w in group.weights().values())
+    Group(agents[1:])
+    with pytest.raises(RuntimeError, match="another group"):
+        group.weights()
