@@ -201,6 +201,20 @@ def leave(
 # ---- one step, backward ---------------------------------------------------------------------
 
 
+def turned(w: Weights) -> Weights:
+    """w as the way back multiplies by it: what went into a product comes out of it."""
+    return w._replace(
+        deter_in=w.deter_in.mT,
+        stoch_in=w.stoch_in.mT,
+        mix_state=w.mix_state.mT,
+        mix_deter=w.mix_deter.mT,
+        mix_memory=w.mix_memory.mT,
+        gates=w.gates.mT,
+        post_deter=w.post_deter.mT,
+        post_out=w.post_out.mT,
+    )
+
+
 def slope(x: Normed, scale: Tensor) -> Slope:
     """With n = normal, f = factor, s = silu' scale: dx = f (s dy - n mean(n s dy))."""
     silu = aten.silu_backward(torch.ones_like(x.scaled), x.scaled).mul_(scale)
@@ -228,7 +242,7 @@ def slopes(w: Weights, left: Left) -> Slopes:
 
 def down(s: Slope, grad: Tensor) -> Tensor:
     """Gradient of what was normed from that of what came out of the SiLU."""
-    share = torch.linalg.vecdot(grad, s.beside).unsqueeze(-1)
+    share = (grad * s.beside).sum(-1, keepdim=True)
     return torch.addcmul(grad * s.along, s.across, share)
 
 
@@ -237,31 +251,31 @@ def leave_back(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Gradients of the old deter and of x, from those of the new deter and of the softmax.
 
-    And those that the weights' are made of: `LeaveGrads`.
+    And those that the weights' are made of: `LeaveGrads`; w as `turned`.
     """
     g_soft = g_soft * s.soft
     g_logits = torch.addcmul(g_soft, s.soft, g_soft.sum(-1, keepdim=True), value=-1).flatten(1)
-    g_read = matmul(g_logits, w.post_out.mT)
+    g_read = matmul(g_logits, w.post_out)
     g_seen = down(s.seen, g_read)
-    g_new = blocks(w, addmm(g_new, g_seen, w.post_deter.mT))
+    g_new = blocks(w, addmm(g_new, g_seen, w.post_deter))
     g_gates = (g_new.unsqueeze(2) * s.gates).flatten(2)
-    g_hidden = by_rows(g_gates, w.gates.mT).flatten(1)
+    g_hidden = by_rows(g_gates, w.gates).flatten(1)
     g_mixed = down(s.mixed, g_hidden)
-    g_deter = by_rows(blocks(w, g_mixed), w.mix_deter.mT)
+    g_deter = by_rows(blocks(w, g_mixed), w.mix_deter)
     g_deter = torch.addcmul(g_deter, g_new, s.kept).flatten(1)
     grads = [g_mixed, g_hidden, g_gates, g_seen, g_read, g_logits]
-    return g_deter, matmul(g_mixed, w.mix_state.mT), grads
+    return g_deter, matmul(g_mixed, w.mix_state), grads
 
 
 def enter_back(
     w: Weights, s: Slope, keep: Tensor, g_deter: Tensor, g_x: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Gradients of deter and stoch as they came in; and `EnterGrads`."""
+    """Gradients of deter and stoch as they came in; and `EnterGrads`; w as `turned`."""
     g_x = g_x.view(g_x.shape[0], 2, -1)
     g_linear = down(s, g_x)
     a, b = g_linear.unbind(1)
-    g_deter = addmm(g_deter, a, w.deter_in.mT).mul_(keep)
-    return g_deter, matmul(b, w.stoch_in.mT).mul_(keep), [g_linear, g_x]
+    g_deter = addmm(g_deter, a, w.deter_in).mul_(keep)
+    return g_deter, matmul(b, w.stoch_in).mul_(keep), [g_linear, g_x]
 
 
 # ---- all steps ------------------------------------------------------------------------------
@@ -287,8 +301,8 @@ def filtered(
     leaving: list[list[Tensor]] = []
     epsilon = epsilon_of(deter)
     for t in range(noise.shape[0]):
-        deter, x, entered = enter(w, deter, stoch, keep[:, t], epsilon)
-        rows = (bias[:, t], tokens[:, t], noise[t])
+        deter, x, entered = enter(w, deter, stoch, keep.select(1, t), epsilon)
+        rows = (bias.select(1, t), tokens.select(1, t), noise[t])
         deter, drawn, probs, left = leave(w, draw, deter, x, None, *rows, epsilon)
         stoch = drawn.flatten(1)
         states.append([deter, drawn, probs])
@@ -309,8 +323,8 @@ def filtered_back(
 ) -> tuple[Tensor, Tensor, list[list[Tensor]], list[list[Tensor]]]:
     """The way back through all steps, from gradients (B, T, ...) of deter and of the softmax.
 
-    entered and left: all steps joined, as the slopes of `enter` and `leave`. Gradients of the first
-    deter and stoch; and by step those that the weights' are made of.
+    w as `turned`; entered and left: all steps joined, as the slopes of `enter` and `leave`.
+    Gradients of the first deter and stoch; and by step those that the weights' are made of.
     """
     steps = keep.shape[1]
     entering: list[list[Tensor]] = []
@@ -320,12 +334,13 @@ def filtered_back(
     g_deter, g_stoch = torch.zeros_like(g_deters[:, 0]), torch.zeros_like(g_softs[:, 0])
     for back in range(1, steps + 1):
         t = steps - back
-        g_soft = torch.add(g_softs[:, t], g_stoch.view_as(g_softs[:, t]), alpha=share)
+        g_soft, g_new = g_softs.select(1, t), g_deters.select(1, t) + g_deter
+        g_soft = torch.add(g_soft, g_stoch.view_as(g_soft), alpha=share)
         mixed, seen = Slope(f[0][t], f[1][t], f[2][t]), Slope(f[5][t], f[6][t], f[7][t])
         slopes = Slopes(mixed, f[3][t], f[4][t], seen, f[8][t])
-        g_deter, g_x, of_leave = leave_back(w, slopes, g_deters[:, t] + g_deter, g_soft)
+        g_deter, g_x, of_leave = leave_back(w, slopes, g_new, g_soft)
         embedded = Slope(e[0][t], e[1][t], e[2][t])
-        g_deter, g_stoch, of_enter = enter_back(w, embedded, keep[:, t], g_deter, g_x)
+        g_deter, g_stoch, of_enter = enter_back(w, embedded, keep.select(1, t), g_deter, g_x)
         entering.append(of_enter)
         leaving.append(of_leave)
     return g_deter, g_stoch, entering, leaving

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from worldmodel.mlp import MLP
-from worldmodel.nets import at_least_float32, number, readable, symexp
+from worldmodel.nets import at_least_float32, number, on_cpu, readable, symexp
 
 Draws: TypeAlias = torch.Generator | tuple[torch.Generator, ...] | None  # one, or one a group
 FEW = 16  # classes below which a softmax is written out on a CPU
@@ -147,7 +147,7 @@ class CrossEntropy(torch.autograd.Function):
 
 def softmax(logits: Tensor, few: int = FEW) -> Tensor:
     """Probabilities (..., C). On a CPU torch's own takes fifteen times longer for few classes."""
-    if logits.shape[-1] >= few or logits.device.type != "cpu":
+    if logits.shape[-1] >= few or not on_cpu(logits):
         return logits.softmax(-1)
     raised = (logits - logits.detach().amax(-1, keepdim=True)).exp_()
     return raised / raised.sum(-1, keepdim=True)
@@ -155,7 +155,7 @@ def softmax(logits: Tensor, few: int = FEW) -> Tensor:
 
 def softmax_back(grad: Tensor, probs: Tensor) -> Tensor:
     """Gradient of the logits from that of their probabilities (..., C)."""
-    if probs.shape[-1] >= FEW or probs.device.type != "cpu":
+    if probs.shape[-1] >= FEW or not on_cpu(probs):
         return torch.ops.aten._softmax_backward_data(grad, probs, -1, probs.dtype)
     return (grad - torch.linalg.vecdot(grad, probs).unsqueeze(-1)).mul_(probs)
 

@@ -92,6 +92,8 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def addmm(add: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """add (out,) or (B, out), plus x (B, in) times weight (in, out)."""
     if weight.ndim == 2:
+        if torch.jit.is_scripting():  # it makes two operations of this, unless a factor is unknown
+            return torch.addmm(add, x, weight, alpha=weight.ndim - 1)
         return torch.addmm(add, x, weight)
     groups, _, n_out = weight.shape
     rows = x.view(groups, -1, x.shape[-1])
@@ -101,7 +103,7 @@ def addmm(add: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def matmul(x: Tensor, weight: Tensor) -> Tensor:
     """x (B, in) times weight (in, out)."""
     if weight.ndim == 2:
-        return x @ weight
+        return torch.mm(x, weight)
     return torch.bmm(x.view(len(weight), -1, x.shape[-1]), weight).view(len(x), -1)
 
 
@@ -216,7 +218,7 @@ def silu_(normal: Tensor, scale: Tensor, ndim: int = 1) -> Tensor:
 def inverse_rms(x: Tensor, epsilon: Tensor | None = None, otherwise: float = EPSILON) -> Tensor:
     """What rms(x) multiplies the rows of x (..., n) by: (..., 1), without gradients."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    if x.device.type != "cpu":
+    if not on_cpu(x):
         return norm.square_().div_(x.shape[-1]).add_(otherwise).rsqrt_()
     # the same in half as many operations, which is what a few rows cost
     least = number(otherwise, x.dtype) if epsilon is None else epsilon
@@ -278,8 +280,15 @@ def norm_silu_grads(
     return g_x.mul_(factor), g_scale
 
 
+def on_cpu(x: Tensor) -> bool:
+    """Whether x is on a CPU, as all is that TorchScript meets (script.py)."""
+    return torch.jit.is_scripting() or x.device.type == "cpu"
+
+
 def half(x: Tensor) -> bool:
-    """Whether x is in half precision."""
+    """Whether x is in half precision, as nothing is that TorchScript meets (script.py)."""
+    if torch.jit.is_scripting():
+        return False
     return x.dtype == torch.bfloat16 or x.dtype == torch.float16
 
 

@@ -14,12 +14,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from worldmodel.nets import half, on_cpu
+
 LARGE = 1 << 19  # elements of a tensor
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def scripted(function: Function) -> Function:
-    """The function in TorchScript from its first call on, where its tensors are few and on a CPU.
+    """The function in TorchScript from its first call on, where its tensors are small and on a CPU.
 
     Large ones gain nothing, and TorchScript lets go of them later.
     """
@@ -28,8 +30,9 @@ def scripted(function: Function) -> Function:
     @wraps(function)
     def call(*args: Any) -> Any:
         tensors = [x for x in args if isinstance(x, Tensor)]
-        small = max(x.numel() for x in tensors) < LARGE and tensors[0].device.type == "cpu"
-        if not small or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        small = max(x.numel() for x in tensors) < LARGE
+        fit = small and on_cpu(tensors[0]) and not half(tensors[0])
+        if not fit or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return function(*args)
         if not found:
             found.append(read(function))

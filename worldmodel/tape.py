@@ -27,6 +27,7 @@ from worldmodel.hand import (
     slope,
     slopes,
     spread,
+    turned,
     weight_grads,
 )
 from worldmodel.nets import joined, matmul
@@ -71,7 +72,7 @@ class Filter(torch.autograd.Function):
             of_enter, of_leave = slope(entered.embedded, wide.scale_in), slopes(wide, left)
             flat = [*of_leave.mixed, of_leave.gates, of_leave.kept, *of_leave.seen, of_leave.soft]
             g_soft = (grads[1] + grads[2]).mul_(share)
-            found = filtered_back(w, [*of_enter], flat, keep, grads[0], g_soft, share)
+            found = filtered_back(turned(w), [*of_enter], flat, keep, grads[0], g_soft, share)
         g_deter, g_stoch, entering, leaving = found
         e, g = EnterGrads(*joined(entering[::-1])), LeaveGrads(*joined(leaving[::-1]))
         g_bias, g_tokens = (x.unflatten(0, (-1, keep.shape[1])) for x in (g.mixed, g.seen))
@@ -89,6 +90,7 @@ class Records:
 
     def __init__(self, weights: Weights, draw: Draw, rows: int):
         self.weights = spread(Weights(*(w.detach() for w in weights)), rows)
+        self.turned = turned(self.weights)
         self.draw = draw
         self._steps: dict[str, list[tuple[int, Any]]] = {"enter": [], "leave": []}
 
@@ -151,7 +153,7 @@ class Enter(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         w, (keep,) = ctx.records.weights, ctx.saved_tensors
         back = slope(Entered.of(ctx.kept).embedded, w.scale_in)
-        g_deter, g_stoch, e = enter_back(w, back, keep, *grads)
+        g_deter, g_stoch, e = enter_back(ctx.records.turned, back, keep, *grads)
         ctx.records.add("enter", ctx.kept, e)
         return None, g_deter, g_stoch, None, None
 
@@ -183,7 +185,7 @@ class Leave(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         w, left, share = ctx.records.weights, Left.of(ctx.kept), 1 - ctx.records.draw.mix
         g_soft = (grads[1] + grads[2]).mul_(share)
-        g_deter, g_x, g = leave_back(w, slopes(w, left), grads[0], g_soft)
+        g_deter, g_x, g = leave_back(ctx.records.turned, slopes(w, left), grads[0], g_soft)
         ctx.records.add("leave", ctx.kept, g)
         g_mixed, g_seen = g[0], g[3]
         g_recalled = None if left.recalled is None else matmul(g_mixed, w.mix_memory.mT)

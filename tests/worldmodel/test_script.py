@@ -5,6 +5,7 @@ import torch
 
 from tests.worldmodel.small import off_start
 from worldmodel import hand, prior, script
+from worldmodel.nets import addmm
 from worldmodel.script import read, scripted
 
 
@@ -36,7 +37,7 @@ def test_without_torchscript_the_function_serves(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(scripted(double)(torch.ones(2), 2), torch.full((2,), 4.0))
 
 
-def test_under_autocast_and_for_large_tensors_the_function_itself_runs():
+def test_for_half_precision_and_large_tensors_the_function_itself_runs():
     seen = []
 
     def once(x: torch.Tensor) -> torch.Tensor:
@@ -45,8 +46,24 @@ def test_under_autocast_and_for_large_tensors_the_function_itself_runs():
 
     with torch.autocast("cpu", torch.bfloat16):
         scripted(once)(torch.ones(2))
+    scripted(once)(torch.ones(3, dtype=torch.bfloat16))
     scripted(once)(torch.ones(script.LARGE))
-    assert seen == [2, script.LARGE]
+    assert seen == [2, 3, script.LARGE]
+
+
+def test_a_product_with_its_sum_stays_one_operation():
+    """TorchScript's optimizer parts it after some calls; each part is then paid for."""
+
+    def product(add: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return addmm(add, x, weight)
+
+    found, args = read(product), (torch.ones(4), torch.ones(3, 2), torch.ones(2, 4))
+    for _ in range(4):
+        found(*args)
+    with torch.profiler.profile() as profile, torch.inference_mode():
+        assert torch.equal(found(*args), torch.full((3, 4), 3.0))
+    names = [event.name for event in profile.events() or ()]
+    assert names.count("aten::addmm") == 1 and "aten::add" not in names
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
