@@ -4,6 +4,7 @@ import json
 import sys
 from typing import Any, Self
 
+import numpy as np
 import pytest
 
 from experiments.benchmarks import speed
@@ -98,6 +99,13 @@ def test_updates_are_paired_with_peers(scripted: list[str], capsys: pytest.Captu
     for row in (ours, peer):
         assert {*needed.split(), "limit_ratio", "rss_mb"} <= row.keys()
         assert row["overrides"] == ["agent.lam=0.9"]
+
+
+def test_a_time_is_the_median_beside_that_of_the_fastest_round():
+    wall = np.array([[1.0, 2.0, 9.0], [4.0, 5.0, 5.0], [7.0, 7.0, 8.0]])
+    row = speed.timing(np.stack([wall, 2 * wall]))
+    assert (row["step_s"], row["fastest_s"], row["cpu_s"]) == (5, 2, 10)
+    assert 2 <= row["step_s_95"][0] <= row["step_s_95"][1] <= 7
 
 
 def test_every_combination_has_a_row_and_peers_meet_the_faithful_ones(
