@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from worldmodel.nets import exact_on_cpu, init_weight, readable
+from worldmodel.nets import exact_on_cpu, init_weight, on_cpu, readable
 
 Kind = Literal["faithful", "strided"]
 SIDE = {"faithful": 5, "strided": 4}
@@ -96,7 +96,7 @@ def halved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     and multiplied where no gradient is wanted.
     """
     n, height, width, _ = x.shape
-    if x.numel() > SMALL or torch.is_grad_enabled() or x.device.type != "cpu":
+    if x.numel() > SMALL or torch.is_grad_enabled() or not on_cpu(x):
         return F.conv2d(nchw(x), weight, bias, stride=2, padding=1).permute(0, 2, 3, 1)
     padded = F.pad(x, (0, 0, 1, 1, 1, 1))
     image, row, pixel, _ = padded.stride()
@@ -132,7 +132,7 @@ def doubled(x: Tensor, kernel: Doubling) -> Tensor:
 
 def max_pool(x: Tensor) -> Tensor:
     """The largest of each 2x2 square: (N, 2 H, 2 W, C) -> (N, H, W, C)."""
-    if x.device.type != "cpu" or not torch.is_grad_enabled() or readable(x):
+    if not on_cpu(x) or not torch.is_grad_enabled() or readable(x):
         return F.max_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
     return MaxPool.apply(x)
 

@@ -305,7 +305,7 @@ def read_dtype(x: Tensor) -> torch.dtype:
 
 def exact_on_cpu(x: Tensor) -> AbstractContextManager[object]:
     """No autocast where x is on a CPU: casts cost more there than small products gain."""
-    return linear.exact(x) if x.device.type == "cpu" else nullcontext()
+    return linear.exact(x) if on_cpu(x) else nullcontext()
 
 
 def symlog(x: Tensor) -> Tensor:

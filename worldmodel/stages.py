@@ -32,6 +32,7 @@ from worldmodel.nets import (
     half,
     norm_silu,
     number,
+    on_cpu,
     read_dtype,
     readable,
 )
@@ -78,7 +79,7 @@ def first_down(conv: nn.Module, norm: nn.Module, images: Tensor) -> Tensor:
 
 def normed(norm: RMSNorm, y: Tensor) -> Tensor:
     """silu(norm(y)) of a convolution's output (N, H, W, C), in place where nobody learns."""
-    if y.numel() < LARGE or torch.is_grad_enabled() or y.device.type != "cpu":
+    if y.numel() < LARGE or torch.is_grad_enabled() or not on_cpu(y):
         return norm_silu(norm, y)
     if half(y) or y.numel() % (len(FOUR) * y.shape[-1]):
         return norm_silu(norm, y)
@@ -115,7 +116,7 @@ def by_hand(x: Tensor, weight: Tensor) -> bool:
 
 def eager(x: Tensor, weight: Tensor) -> bool:
     """Whether operations run one by one, on a CPU."""
-    return x.device.type == "cpu" and not readable(x) and not readable(weight)
+    return on_cpu(x) and not readable(x) and not readable(weight)
 
 
 def low(x: Tensor) -> Tensor:

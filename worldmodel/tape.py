@@ -151,10 +151,10 @@ class Enter(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        w, (keep,) = ctx.records.weights, ctx.saved_tensors
-        back = slope(Entered.of(ctx.kept).embedded, w.scale_in)
-        g_deter, g_stoch, e = enter_back(ctx.records.turned, back, keep, *grads)
-        ctx.records.add("enter", ctx.kept, e)
+        records, (keep,) = ctx.records, ctx.saved_tensors
+        back = slope(Entered.of(ctx.kept).embedded, records.weights.scale_in)
+        g_deter, g_stoch, e = enter_back(records.turned, back, keep, *grads)
+        records.add("enter", ctx.kept, e)
         return None, g_deter, g_stoch, None, None
 
 
@@ -183,12 +183,13 @@ class Leave(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        w, left, share = ctx.records.weights, Left.of(ctx.kept), 1 - ctx.records.draw.mix
+        records, left, share = ctx.records, Left.of(ctx.kept), 1 - ctx.records.draw.mix
         g_soft = (grads[1] + grads[2]).mul_(share)
-        g_deter, g_x, g = leave_back(ctx.records.turned, slopes(w, left), grads[0], g_soft)
-        ctx.records.add("leave", ctx.kept, g)
+        back = slopes(records.weights, left)
+        g_deter, g_x, g = leave_back(records.turned, back, grads[0], g_soft)
+        records.add("leave", ctx.kept, g)
         g_mixed, g_seen = g[0], g[3]
-        g_recalled = None if left.recalled is None else matmul(g_mixed, w.mix_memory.mT)
+        g_recalled = None if left.recalled is None else matmul(g_mixed, records.turned.mix_memory)
         return None, g_deter, g_x, g_recalled, g_mixed, g_seen, None, None
 
 
