@@ -113,8 +113,6 @@ def block_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 def apart(weight: Tensor, x: Tensor) -> Tensor:
     """x (B, K * n) by blocks, as the weight (K, n, out) has them in front: a view (K, B, n)."""
-    if weight.ndim == 3:
-        return x.view(x.shape[0], weight.shape[0], -1).transpose(0, 1)
     shape = list(weight.shape[:-2])  # groups, if there are any, and blocks
     shape.insert(len(shape) - 1, -1)
     shape.append(x.shape[-1] // shape[-1])

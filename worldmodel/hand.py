@@ -279,6 +279,8 @@ def enter_back(
 
 
 # ---- all steps ------------------------------------------------------------------------------
+#
+# A step is taken out by `select`: to TorchScript x[:, t] is two operations.
 
 
 @scripted
